@@ -1,0 +1,10 @@
+"""iMAS: instance-specific and model-adaptive supervision for semi-supervised semantic segmentation (CVPR 2023)."""
+
+from .build import build_model
+from .config import Config, load_config
+from .models.ema import teacher_decay
+from .ops.hardness import Hardness, hardness_scores
+from .ops.losses import consistency_loss, ohem_cross_entropy
+from .ops.metrics import ConfusionMatrix
+from .ops.mixing import adaptive_blend, cutmix_partners
+

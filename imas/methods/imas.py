@@ -1,0 +1,171 @@
+"""iMAS: supervision that follows each unlabeled image's score (paper, section 3; spec, One training step)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HardnessAware, Unsupervised
+from ..models.deeplabv3plus import DeepLabV3Plus, resize
+from ..models.ema import make_teacher, teacher_decay, update_teacher
+from ..ops import mixing
+from ..ops.hardness import score_predictions
+from ..ops.losses import consistency_loss
+from ..ops.pseudo import Prediction, predict
+from .base import Batch, Criterion, Method, Progress, Step
+
+
+class Mixed(NamedTuple):
+    """The CutMix view and what it should be predicted as."""
+
+    images: Tensor  # (B, 3, H, W)
+    pseudo: Prediction
+
+
+class IMAS(Method):
+    """Student and EMA teacher; the score h of an image steers its augmentation and weighs its loss.
+
+    Args:
+        unsupervised: the section ``trainer.unsupervised``.
+        hardness: the section ``dataset.train.hardness_aware``; None scores and logs, but lets the score decide
+            nothing.
+        sup_only_epoch: epochs of supervised warm-up.
+        ema_decay: upper bound of the teacher's decay.
+    """
+
+    def __init__(
+        self,
+        student: DeepLabV3Plus,
+        criterion: Criterion,
+        aux_weight: float,
+        *,
+        unsupervised: Unsupervised,
+        hardness: HardnessAware | None,
+        sup_only_epoch: int,
+        ema_decay: float,
+    ) -> None:
+        super().__init__(student, criterion, aux_weight)
+        self.teacher = make_teacher(student)
+        self.unsupervised = unsupervised
+        self.hardness = hardness
+        self.sup_only_epoch = sup_only_epoch
+        self.ema_decay = ema_decay
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        if not self.needs_unlabeled(progress.epoch):
+            loss = self.supervised_loss(*self.student.coarse(batch.images), batch.labels)
+            return Step(loss, {"loss_lb": loss.detach()})
+
+        student, teacher = self.predict_weak(batch.weak)
+        flags = self.hardness or HardnessAware()
+        score, student_confident, teacher_confident = score_predictions(
+            student,
+            teacher,
+            self.student.num_classes,
+            self.unsupervised.threshold,
+            class_weighted=flags.class_weighted,
+            ignore_background=flags.ignore_background,
+            version=flags.version,
+        )
+        pseudo = teacher if self.unsupervised.teacher_pseudo else student
+        strong = self.blend(batch, score, progress.generator)
+        mixed = self.cutmix(batch.weak, pseudo, score, progress.generator)
+
+        # The weak views earn no loss; BatchNorm is to see them.
+        views = [batch.images, batch.weak]
+        if mixed is not None:
+            views.append(mixed.images)
+        if strong is not None:
+            views.append(strong)
+        elif mixed is None:
+            views.append(batch.weak)
+        coarse, coarse_aux = self.student.coarse(torch.cat(views))
+        labeled, _, *unlabeled = coarse.split([len(view) for view in views])
+        labeled_aux = None if coarse_aux is None else coarse_aux[: len(batch.images)]
+        loss_lb = self.supervised_loss(labeled, labeled_aux, batch.labels)
+
+        targets = ([] if mixed is None else [mixed.pseudo]) + ([pseudo] if strong is not None or mixed is None else [])
+        weight = score if self.hardness is not None and self.hardness.weight_loss else None
+        losses = [
+            self.consistency(logits, target, weight) for logits, target in zip(unlabeled, targets, strict=True)
+        ]
+        loss_ub = self.unsupervised.loss_weight * sum(losses) / len(losses)
+
+        scalars = {
+            "loss_lb": loss_lb.detach(),
+            "loss_ub": loss_ub.detach(),
+            "pseudo": student_confident.mean(),
+            "pseudo_teacher": teacher_confident.mean(),
+            "score": score.mean(),
+        }
+        return Step(loss_lb + loss_ub, scalars, score)
+
+    @torch.no_grad()
+    def predict_weak(self, weak: Tensor) -> tuple[Prediction, Prediction]:
+        """Student's and teacher's predictions of the weak views, both in eval mode (spec, step 2)."""
+        size = weak.shape[-2:]
+        self.student.eval()
+        student = predict(resize(self.student.coarse(weak, aux=False)[0], size))
+        self.student.train()
+        teacher = predict(resize(self.teacher.coarse(weak, aux=False)[0], size))
+        return student, teacher
+
+    def blend(self, batch: Batch, score: Tensor, generator: torch.Generator) -> Tensor | None:
+        """The strong view, as strong as the score allows (spec, step 5); None where none is configured."""
+        if batch.strong is None or self.hardness is None:
+            return batch.strong
+        if self.hardness.blend:
+            return mixing.adaptive_blend(batch.strong, batch.weak, score)
+        return mixing.random_choice(batch.strong, batch.weak, score, generator)
+
+    def cutmix(self, weak: Tensor, pseudo: Prediction, score: Tensor, generator: torch.Generator) -> Mixed | None:
+        """The CutMix view of the weak views with its labels and confidences, or None if it does not fire (step 6)."""
+        options, flags = self.unsupervised, self.hardness or HardnessAware()
+        if not options.use_cutmix:
+            return None
+        uses_mean = flags.trigger_cutmix or flags.scale_box or flags.gaussian_box
+        mean_score = score.mean().item() if uses_mean else 0.0  # the step's one wait for the device
+        probability = mean_score if flags.trigger_cutmix else options.use_cutmix_trigger_prob
+        if torch.rand((), generator=generator).item() >= probability:
+            return None
+
+        batch, _, height, width = weak.shape
+        if options.use_cutmix_beta:
+            side, border = mixing.beta_side(generator), 8
+        else:
+            low, high = options.use_cutmix_range
+            side, border = mixing.box_side(
+                low, high, mean_score, generator, scaled_by_score=flags.scale_box, gaussian=flags.gaussian_box
+            ), 16  # fmt: skip
+        mask = mixing.cutmix_mask(batch, height, width, side, generator, border=border).to(weak.device)
+        if self.hardness is None or options.use_cutmix_beta:
+            partner = torch.randperm(batch, generator=generator).to(weak.device)
+        else:
+            partner = mixing.cutmix_partners(score)
+        label = mixing.paste(pseudo.label, partner, mask)
+        confidence = mixing.paste(pseudo.confidence, partner, mask)
+        return Mixed(mixing.paste(weak, partner, mask), Prediction(label, confidence))
+
+    def consistency(self, coarse: Tensor, pseudo: Prediction, weight: Tensor | None) -> Tensor:
+        """Consistency loss of (B, C, h, w) logits before the last resize (spec, step 9)."""
+        logits = resize(coarse, pseudo.label.shape[-2:])
+        return consistency_loss(logits, pseudo.label, pseudo.confidence, self.unsupervised.threshold, weight)
+
+    def needs_unlabeled(self, epoch: int) -> bool:
+        return epoch >= self.sup_only_epoch
+
+    def after_step(self, progress: Progress) -> None:
+        decay = teacher_decay(
+            progress.epoch, progress.iteration, progress.iterations_per_epoch, self.sup_only_epoch, self.ema_decay
+        )
+        update_teacher(self.teacher, self.student, decay)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher, "student": self.student}
+
+    def train(self, mode: bool = True) -> IMAS:
+        super().train(mode)
+        self.teacher.eval()
+        return self

@@ -1,0 +1,1 @@
+"""Networks, the teacher, weight files. Imports torch only."""

@@ -1,0 +1,55 @@
+"""The teacher: an exponential moving average of the student (paper, section 3.1; spec, Teacher)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def make_teacher(student: nn.Module) -> nn.Module:
+    """A copy of the student with its own storage, in eval mode, without gradients."""
+    teacher = copy.deepcopy(student)
+    return teacher.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """θ_t ← decay·θ_t + (1 − decay)·θ_s for parameters and floating-point buffers; integer buffers are copied.
+
+    Args:
+        decay: in [0, 1]; 0 makes the teacher equal to the student.
+    """
+    averaged: tuple[list, list] = ([], [])
+    for ours, theirs in zip(_state(teacher), _state(student), strict=True):
+        if ours.is_floating_point():
+            averaged[0].append(ours)
+            averaged[1].append(theirs)
+        else:
+            ours.copy_(theirs)
+    torch._foreach_mul_(averaged[0], decay)
+    torch._foreach_add_(averaged[0], averaged[1], alpha=1 - decay)
+
+
+def _state(module: nn.Module) -> list[torch.Tensor]:
+    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
+
+
+def teacher_decay(
+    epoch: int, iteration: int, iterations_per_epoch: int, sup_only_epoch: int = 0, ema_decay: float = 0.996
+) -> float:
+    """The decay d of the teacher's update after one iteration (spec, Teacher).
+
+    d = 0 while ``epoch <= sup_only_epoch``: during the whole first semi-supervised epoch the teacher *is* the
+    student after its last step. Afterwards d = min(1 − 1/(k + 1), ema_decay) with k the iterations since the
+    start of epoch ``sup_only_epoch``.
+
+    Args:
+        epoch: counted from 0.
+        iteration: counted from 0 at the start of training, over all epochs.
+    """
+    if epoch <= sup_only_epoch:
+        return 0.0
+    k = iteration - sup_only_epoch * iterations_per_epoch
+    return min(1 - 1 / (k + 1), ema_decay)

@@ -1,0 +1,77 @@
+"""Counting what a segmentation gets right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ConfusionMatrix:
+    """Pixel counts over a data set, from which every figure of an evaluation follows.
+
+    ``counts`` is (C, C) int64: [true class, predicted class]. Pixels whose true class is ``ignore_index`` do not
+    count. A class that appears in neither truth nor prediction, or never in the truth, is *absent*: its IoU is NaN,
+    and means run over the classes present in the truth.
+
+    Args:
+        num_classes: C.
+        ignore_index: label of pixels to leave out.
+        device: where the counts live.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add label maps of one shape, integer, with classes in [0, C) (target: or ``ignore_index``)."""
+        if prediction.shape != target.shape:
+            raise ValueError(f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}: one shape needed")
+        valid = target != self.ignore_index
+        index = target[valid].long() * self.num_classes + prediction[valid].long()
+        self.counts += torch.bincount(index.to(self.counts.device), minlength=self.num_classes**2).view_as(self.counts)
+
+    @property
+    def intersection(self) -> Tensor:
+        """(C,) int64."""
+        return self.counts.diagonal()
+
+    @property
+    def target(self) -> Tensor:
+        """(C,) int64, true pixels of each class."""
+        return self.counts.sum(1)
+
+    @property
+    def union(self) -> Tensor:
+        """(C,) int64."""
+        return self.counts.sum(0) + self.counts.sum(1) - self.intersection
+
+    @property
+    def iou(self) -> Tensor:
+        """(C,) float64 in [0, 1]; NaN for a class absent from the truth."""
+        return self._over(self.union)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """(C,) float64, share of each class's true pixels that were found; NaN for an absent class."""
+        return self._over(self.target)
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU over the classes present in the truth, in [0, 1]; NaN if nothing was counted."""
+        return self.iou.nanmean().item()
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean over present classes of ``accuracy``."""
+        return self.accuracy.nanmean().item()
+
+    @property
+    def pixel_accuracy(self) -> float:
+        """Share of all valid pixels that were right."""
+        return (self.intersection.sum() / self.counts.sum()).item()
+
+    def _over(self, divisor: Tensor) -> Tensor:
+        ratio = self.intersection.double() / divisor
+        return ratio.masked_fill(self.target == 0, float("nan"))

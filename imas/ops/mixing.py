@@ -1,0 +1,104 @@
+"""Instance-adaptive augmentation: blending and CutMix (paper, section 3.3; spec, steps 5 and 6).
+
+Letters: B images, H×W their size. ``score`` is the h of ``ops/hardness.py``: (B,), 1 easy, 0 hard.
+Every random function takes the CPU generator that it draws from.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def adaptive_blend(strong: Tensor, weak: Tensor, score: Tensor) -> Tensor:
+    """h·strong + (1 − h)·weak, image by image (paper, Eq. 8 in the direction of its erratum).
+
+    An easy image keeps its strong view, a hard one falls back to its weak view.
+
+    Args:
+        strong, weak: (B, 3, H, W) views of the same crops.
+        score: (B,) in [0, 1].
+    """
+    h = score.view(-1, 1, 1, 1).to(strong.dtype)
+    return h * strong + (1 - h) * weak
+
+
+def random_choice(strong: Tensor, weak: Tensor, score: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image's strong view with probability h, else its weak view (the unblended form of step 5)."""
+    draws = torch.rand(len(score), generator=generator).to(score.device)
+    return torch.where((draws < score).view(-1, 1, 1, 1), strong, weak)
+
+
+def cutmix_partners(score: Tensor) -> Tensor:
+    """Whose patch each image takes: the i-th easiest from the i-th hardest, and the other way round.
+
+    (B,) score → (B,) int64, ``partner[order[i]] == order[B - 1 - i]`` for the ascending order of scores.
+    """
+    order = score.argsort(stable=True)
+    partner = torch.empty_like(order)
+    partner[order] = order.flip(0)
+    return partner
+
+
+def box_side(
+    low: float,
+    high: float,
+    mean_score: float,
+    generator: torch.Generator,
+    *,
+    scaled_by_score: bool = False,
+    gaussian: bool = False,
+) -> float:
+    """The box side as a fraction of the image's, one for the batch (spec, step 6).
+
+    Uniform in [low, high]; ``scaled_by_score`` multiplies the random part by the mean score; ``gaussian`` draws
+    from a normal truncated to [low, high] with mean low + (high − low)·mean_score.
+    """
+    uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
+    if gaussian:
+        return _truncated_normal(low, high, low + (high - low) * mean_score, uniform)
+    return low + (high - low) * uniform * (mean_score if scaled_by_score else 1.0)
+
+
+def _truncated_normal(low: float, high: float, mean: float, uniform: float) -> float:
+    """The ``uniform``-quantile of N(mean, σ) cut to [low, high], σ = max(mean − low, high − mean) / 3."""
+    sigma = max(mean - low, high - mean) / 3
+    if sigma == 0:
+        return mean
+    normal = torch.distributions.Normal(
+        torch.tensor(mean, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
+    )
+    ends = normal.cdf(torch.tensor([low, high], dtype=torch.float64))
+    drawn = normal.icdf(ends[0] + (ends[1] - ends[0]) * uniform).item()
+    return min(max(drawn, low), high)
+
+
+def beta_side(generator: torch.Generator, concentration: float = 4.0) -> float:
+    """√(1 − λ) with λ ~ Beta(4, 4): the box side of the classic CutMix (spec, ``use_cutmix_beta``)."""
+    gammas = torch._standard_gamma(torch.full((2,), concentration, dtype=torch.float64), generator=generator)
+    return math.sqrt(1 - (gammas[0] / gammas.sum()).item())
+
+
+def cutmix_mask(
+    batch: int, height: int, width: int, side: float, generator: torch.Generator, *, border: int = 16
+) -> Tensor:
+    """One box per image, True inside: (B, H, W) bool on the CPU (spec, step 6).
+
+    A box is int(H·side) × int(W·side) around a centre that is uniform in [H//border, H) × [W//border, W),
+    clipped to the image.
+    """
+    half_h, half_w = int(height * side) // 2, int(width * side) // 2
+    rows = torch.randint(height // border, height, (batch, 1, 1), generator=generator)
+    columns = torch.randint(width // border, width, (batch, 1, 1), generator=generator)
+    y = torch.arange(height).view(1, -1, 1)
+    x = torch.arange(width).view(1, 1, -1)
+    return (y >= rows - half_h) & (y < rows + half_h) & (x >= columns - half_w) & (x < columns + half_w)
+
+
+def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
+    """``base`` with each image's box taken from its partner: (B, …, H, W), (B,) int64, (B, H, W) bool."""
+    if base.ndim == 4:
+        mask = mask.unsqueeze(1)
+    return torch.where(mask, base[partner], base)

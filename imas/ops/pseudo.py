@@ -1,0 +1,27 @@
+"""From logits to what a network says and how sure it is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Prediction(NamedTuple):
+    """What a network says of every pixel, and how sure it is."""
+
+    label: Tensor  # (B, H, W) int64, class of the largest logit
+    confidence: Tensor  # (B, H, W) float32 in (0, 1], its softmax probability
+
+
+def predict(logits: Tensor) -> Prediction:
+    """Label and confidence of every pixel (spec, step 4).
+
+    The largest softmax probability is exp(max − logsumexp): no (B, C, H, W) softmax is made.
+
+    Args:
+        logits: (B, C, H, W).
+    """
+    logits = logits.float()
+    highest, label = logits.max(dim=1)
+    return Prediction(label, (highest - logits.logsumexp(dim=1)).exp())

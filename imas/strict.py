@@ -1,0 +1,262 @@
+"""Reading YAML into frozen dataclasses, strictly: every mistake is found, placed and explained, all at once.
+
+The reader knows nothing of experiments. What a section may contain is written at its dataclass: types, and in the
+field's metadata (see ``option``) allowed values, former names and what they mean today.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one message, no traceback, exit status 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """Everything that is wrong with a configuration, one line each."""
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    check: tuple[Callable[[Any], bool], str] | None = None,
+    convert: Callable[[Any], Any] | None = None,
+    spelling: Callable[[Any], Any] | None = None,
+    old: str | None = None,
+    old_value: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A dataclass field with rules for the reader.
+
+    Args:
+        check: (predicate, what is expected in words), asked of a value of the right type.
+        convert: applied to the raw value first: a shorter form of the same thing.
+        spelling: likewise, for former spellings of a value; what it changes is reported as translated.
+        old: a former name of this key.
+        old_value: turns the former key's value into this key's.
+    """
+    metadata = {"check": check, "convert": convert, "spelling": spelling, "old": old, "old_value": old_value}
+    if isinstance(default, type) and dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Reader:
+    """Collects errors and translations while sections are read.
+
+    Args:
+        source: what to call the input in messages, usually the file.
+        lines: line numbers by dotted key, where known.
+    """
+
+    def __init__(self, source: str, lines: Mapping[str, int] | None = None) -> None:
+        self.source = source
+        self.lines = lines or {}
+        self.errors: list[str] = []
+        self.translated: list[str] = []
+
+    def error(self, key: str, message: str) -> None:
+        line = self.lines.get(key)
+        where = self.source if line is None else f"{self.source}:{line}"
+        self.errors.append(f"{where}: {key or 'top level'}: {message}")
+
+    def finish(self) -> None:
+        """Raise ``ConfigError`` with all errors found, if any."""
+        if self.errors:
+            count = "1 error" if len(self.errors) == 1 else f"{len(self.errors)} errors"
+            raise ConfigError("\n".join([f"{count} in the configuration:", *(f"  {error}" for error in self.errors)]))
+
+    def section(self, kind: type, raw: Any, path: str = "") -> Any:
+        """Read a mapping into the dataclass ``kind``; None if it had errors of its own or below."""
+        if raw is None:
+            raw = {}
+        if not isinstance(raw, dict):
+            self.error(path, f"expected a section (key: value lines), got {_show(raw)}")
+            return None
+        before = len(self.errors)
+        fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+        former = {field.metadata["old"]: field for field in fields.values() if field.metadata.get("old")}
+        meaningless = getattr(kind, "MEANINGLESS", {})
+        hints = typing.get_type_hints(kind)
+        values: dict[str, Any] = {}
+        for key, value in raw.items():
+            here = f"{path}.{key}" if path else str(key)
+            field = fields.get(key)
+            if field is None and key in former:
+                field = former[key]
+                if field.name in raw:
+                    self.error(here, f"this is the former name of {field.name}, which is set as well: keep one")
+                    continue
+                if field.metadata["old_value"] is not None:
+                    try:
+                        value = field.metadata["old_value"](value)
+                    except (KeyError, TypeError, ValueError):
+                        self.error(here, f"{_show(value)} is not a value that this former key could have")
+                        continue
+                self.translated.append(f"{here} → {field.name}: {_show(value)}")
+            elif field is None and key in meaningless:
+                if meaningless[key] is not None and value not in meaningless[key]:
+                    allowed = " or ".join(map(_show, meaningless[key]))
+                    self.error(here, f"only {allowed} is supported, got {_show(value)}")
+                else:
+                    self.translated.append(f"{here}: means nothing any more")
+                continue
+            elif field is None:
+                near = difflib.get_close_matches(str(key), [*fields, *former], n=1)
+                hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(fields))}"
+                self.error(here, f"unknown key{hint}")
+                continue
+            values[field.name] = self._value(field, hints[field.name], value, here)
+        for field in fields.values():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and field.name not in values:
+                self.error(f"{path}.{field.name}" if path else field.name, f"missing; expected {_words(hints[field.name])}")
+        return kind(**values) if len(self.errors) == before else None
+
+    def _value(self, field: dataclasses.Field, hint: Any, raw: Any, path: str) -> Any:
+        check, convert, spelling = (field.metadata.get(rule) for rule in ("check", "convert", "spelling"))
+        if convert is not None:
+            raw = convert(raw)
+        if spelling is not None and spelling(raw) != raw:
+            self.translated.append(f"{path}: {raw} → {spelling(raw)}")
+            raw = spelling(raw)
+        try:
+            value = self._typed(hint, raw, path)
+        except TypeError:
+            self.error(path, f"expected {check[1] if check else _words(hint)}, got {_show(raw)}")
+            return None
+        if value is not None and check is not None and not check[0](value):
+            self.error(path, f"expected {check[1]}, got {_show(raw)}")
+        return value
+
+    def _typed(self, hint: Any, raw: Any, path: str) -> Any:
+        """``raw`` as a value of the type ``hint``; TypeError where it is none."""
+        origin = typing.get_origin(hint)
+        if origin in (types.UnionType, typing.Union):
+            options = typing.get_args(hint)
+            if raw is None and type(None) in options:
+                return None
+            for option_hint in options:
+                try:
+                    return self._typed(option_hint, raw, path)
+                except TypeError:
+                    continue
+        elif dataclasses.is_dataclass(hint):
+            return self.section(hint, raw, path)
+        elif origin is typing.Literal:
+            if any(raw == allowed and type(raw) is type(allowed) for allowed in typing.get_args(hint)):
+                return raw
+        elif origin is tuple and isinstance(raw, list | tuple):
+            hints = typing.get_args(hint)
+            if len(hints) == 2 and hints[1] is Ellipsis:
+                hints = (hints[0],) * len(raw)
+            if len(hints) == len(raw):
+                return tuple(self._typed(item_hint, item, path) for item_hint, item in zip(hints, raw))
+        elif hint is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
+            try:
+                return float(raw)  # YAML 1.1 reads 1e-4 as a string
+            except ValueError:
+                pass
+        elif hint in (bool, int, str) and type(raw) is hint:
+            return raw
+        raise TypeError
+
+
+def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
+    """The content of a YAML file, by the safe loader, and the line of every dotted key.
+
+    Raises:
+        ConfigError: a file that is missing, no YAML, or has a key twice (YAML would silently keep the last).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise ConfigError(f"{path}: cannot read the configuration file: {reason}") from None
+    try:
+        lines: dict[str, int] = {}
+        repeated: list[str] = []
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is not None:
+            _key_lines(node, "", lines, repeated)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not a YAML file that can be loaded safely: {error}") from None
+    if repeated:
+        raise ConfigError("\n".join(f"{path}:{line}" for line in repeated))
+    return content, lines
+
+
+def _key_lines(node: yaml.Node, prefix: str, lines: dict[str, int], repeated: list[str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        dotted = f"{prefix}.{key.value}" if prefix else str(key.value)
+        line = key.start_mark.line + 1
+        if dotted in lines:
+            repeated.append(f"{line}: {dotted}: this key stands twice, first in line {lines[dotted]}")
+        lines[dotted] = line
+        _key_lines(value, dotted, lines, repeated)
+
+
+def apply_overrides(raw: dict, overrides: Iterable[str]) -> dict:
+    """``dotted.key=value`` words set into a copy of a raw configuration, values typed as YAML types them."""
+    result = _copied(raw)
+    for word in overrides:
+        dotted, equals, text = word.partition("=")
+        if not equals or not dotted:
+            raise ConfigError(f"override {word!r}: expected dotted.key=value, for example trainer.epochs=10")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {word!r}: the value is not YAML: {error}") from None
+        *parents, last = dotted.split(".")
+        section = result
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise ConfigError(f"override {word!r}: {parent} is not a section")
+        section[last] = value
+    return result
+
+
+def to_plain(value: Any) -> Any:
+    """A section as nested dicts and lists that YAML can write and ``Reader.section`` reads back."""
+    if dataclasses.is_dataclass(value):
+        fields = (field for field in dataclasses.fields(value) if field.init)
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields}
+    return [to_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _copied(raw: Any) -> Any:
+    return {key: _copied(value) for key, value in raw.items()} if isinstance(raw, dict) else raw
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return f"{text[:77]}..." if len(text) > 80 else text
+
+
+def _words(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if option is type(None) else _words(option) for option in arguments)
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return f"a list, each {_words(arguments[0])}"
+        return f"a list of {len(arguments)}, each {_words(arguments[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "a section (key: value lines)"
+    return {bool: "true or false", int: "an integer", float: "a number", str: "a text"}[hint]
