@@ -6,7 +6,9 @@ still loads, and the run says once what was translated. Nothing below this modul
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ def _spelling(**former: str) -> Callable[[Any], Any]:
     def today(name: Any) -> Any:
         if not isinstance(name, str):
             return name
-        name = name.rsplit(".", 1)[-1]
+        name = re.sub(r"^(imas|u2pl)\.(\w+\.)*", "", name)
         return former.get(name, name)
 
     return today
@@ -83,10 +85,13 @@ class TrainData:
     data_list: str | None = None  # the labeled images
     unlabeled_list: str | None = None  # default: beside data_list, labeled.txt → unlabeled.txt
     batch_size: int = option(2, check=_AT_LEAST_ONE)  # per process, labeled and again unlabeled
-    epoch_size: int | None = option(None, check=_AT_LEAST_ONE)  # images an epoch; default: one pass, see loaders.py
+    epoch_size: int | None = option(None, check=_AT_LEAST_ONE)  # images an epoch; default: one pass over the list
     flip: bool = False
     rand_resize: tuple[float, float] | None = option(None, check=_RANGE)
-    resize_base_size: int | tuple[int, int] | None = None
+    resize_base_size: int | tuple[int, int] | None = option(
+        None,
+        check=(lambda base: (base if type(base) is int else min(base)) >= 1, "the longer side, or [height, width]"),
+    )
     crop: Crop | None = None
     strong_aug: StrongAug | None = None
     hardness_aware: HardnessAware | None = None
@@ -119,7 +124,7 @@ class Dataset:
     train: TrainData = option()
     val: ValData = option(ValData)
     shapes: Shapes = option(Shapes)
-    n_sup: int | None = None
+    n_sup: int | None = option(None, check=_AT_LEAST_ONE)
     workers: int = option(2, check=_NOT_NEGATIVE)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values in 0..1; above 1: of values in 0..255
     std: tuple[float, float, float] = option((0.229, 0.224, 0.225), check=(lambda std: min(std) > 0, "numbers above 0"))
@@ -162,7 +167,9 @@ class Unsupervised:
     use_cutmix_beta: bool = False
     use_cutmix_range: tuple[float, float] = option(
         (0.1, 0.9),
-        convert=lambda pair: sorted(pair) if isinstance(pair, list) and all(type(x) in (int, float) for x in pair) else pair,
+        convert=lambda pair: (
+            sorted(pair) if isinstance(pair, list) and all(type(x) in (int, float) for x in pair) else pair
+        ),
         check=(lambda pair: 0 < pair[0] <= pair[1] <= 1, "[low, high] with 0 < low <= high <= 1"),
     )
     use_cutmix_trigger_prob: float = option(1.0, check=_FRACTION)
@@ -266,7 +273,13 @@ class Config:
 
     @property
     def snapshot_dir(self) -> Path:
+        """Where checkpoints go."""
         return self.folder / self.saver.snapshot_dir
+
+    @property
+    def log_dir(self) -> Path:
+        """Where log lines, CSV files, pictures and TensorBoard files go."""
+        return self.folder / "log"
 
     def to_dict(self) -> dict:
         """Plain nested dicts: what ``load_config`` reads back as an equal configuration."""
@@ -282,39 +295,34 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises:
         ConfigError: all mistakes at once, each with file, line, dotted key, what was expected and what came. No
-            path that the file names is looked at: see ``imas.data.check_paths``.
+            path that the file names is looked at: see ``imas.data.check``.
     """
     path = Path(path)
-    raw, lines = read_yaml(path)
+    raw, reader = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections (dataset, trainer, net, ...), got {type(raw).__name__}")
-    return _config_from(apply_overrides(raw, overrides), path, Reader(str(path), lines))
-
-
-def config_from_dict(raw: dict, source: str = "configuration") -> Config:
-    """``load_config`` for a dict, such as ``Config.to_dict()`` gives and every checkpoint carries."""
-    return _config_from(raw, Path(source), Reader(source))
+    overrides = list(overrides)
+    for word in overrides:
+        reader.lines.pop(word.partition("=")[0], None)
+    config = reader.section(Config, apply_overrides(raw, overrides))
+    for check in _CHECKS:
+        with contextlib.suppress(AttributeError, KeyError, TypeError) if reader.errors else contextlib.nullcontext():
+            check(config, reader)  # which may need what could not be read
+    reader.finish()
+    config = _with_derived(config)
+    object.__setattr__(config, "path", path)
+    object.__setattr__(config, "translated", tuple(reader.translated))
+    return config
 
 
 def read_net(raw: dict) -> Net:
     """A ``net`` section from a plain dict in the schema of the published experiments."""
     reader = Reader("net section")
     net = reader.section(Net, raw)
-    if net is not None:
-        _check_net(net, reader, "")
+    reader.finish()
+    _check_net(net, reader)
     reader.finish()
     return net
-
-
-def _config_from(raw: dict, path: Path, reader: Reader) -> Config:
-    config = reader.section(Config, raw)
-    if config is not None:
-        _check_together(config, reader)
-    reader.finish()
-    config = _with_derived(config)
-    object.__setattr__(config, "path", path)
-    object.__setattr__(config, "translated", tuple(reader.translated))
-    return config
 
 
 def _with_derived(config: Config) -> Config:
@@ -329,14 +337,14 @@ def _with_derived(config: Config) -> Config:
     )  # fmt: skip
 
 
-def _check_net(net: Net, reader: Reader, prefix: str) -> None:
+def _check_net(net: Net, reader: Reader, prefix: str = "") -> None:
     kwargs = net.encoder.kwargs
-    l2, l3, l4 = kwargs.replace_stride_with_dilation
-    if (l2, l3, l4) not in ((False, False, False), (False, False, True), (False, True, True)):
+    stages = list(kwargs.replace_stride_with_dilation)
+    if stages not in ([False, False, False], [False, False, True], [False, True, True]):
         reader.error(
             f"{prefix}encoder.kwargs.replace_stride_with_dilation",
             "expected [false, false, false] (output stride 32), [false, false, true] (16) or [false, true, true] (8), "
-            f"got {[l2, l3, l4]}",
+            f"got {stages}",
         )
     expansion = 1 if net.encoder.type in ("resnet18", "resnet34") else 4
     middle = 4 * kwargs.width * expansion
@@ -347,38 +355,64 @@ def _check_net(net: Net, reader: Reader, prefix: str) -> None:
         )
 
 
-def _check_together(config: Config, reader: Reader) -> None:
-    """Sections that contradict each other."""
-    dataset, train, trainer = config.dataset, config.dataset.train, config.trainer
-    _check_net(config.net, reader, "net.")
-    if config.net.num_classes != NUM_CLASSES[dataset.type]:
-        reader.error(
-            "net.num_classes", f"{dataset.type} has {NUM_CLASSES[dataset.type]} classes, got {config.net.num_classes}"
-        )
-    if dataset.ignore_label < config.net.num_classes:
-        reader.error("dataset.ignore_label", f"{dataset.ignore_label} is one of the {config.net.num_classes} classes")
-    if config.method == "imas" and trainer.unsupervised is None:
+def _check_classes(config: Config, reader: Reader) -> None:
+    expected, given = NUM_CLASSES[config.dataset.type], config.net.num_classes
+    if given != expected:
+        reader.error("net.num_classes", f"{config.dataset.type} has {expected} classes, got {given}")
+    if config.dataset.ignore_label < given:
+        reader.error("dataset.ignore_label", f"{config.dataset.ignore_label} is one of the {given} classes")
+
+
+def _check_method(config: Config, reader: Reader) -> None:
+    unsupervised, train = config.trainer.unsupervised, config.dataset.train
+    if config.method == "imas" and unsupervised is None:
         reader.error("trainer.unsupervised", "missing; the method imas needs this section")
-    if config.method == "sup_only" and trainer.unsupervised is not None:
+    if config.method == "sup_only" and unsupervised is not None:
         reader.error("trainer.unsupervised", "the method sup_only has no such section; set it to null")
-    if trainer.unsupervised is None and train.hardness_aware is not None:
+    if unsupervised is None and train.hardness_aware is not None:
         reader.error("dataset.train.hardness_aware", "there is nothing to score without trainer.unsupervised")
+    if unsupervised is not None and train.strong_aug is not None and train.strong_aug.labeled:
+        reader.error("dataset.train.strong_aug.labeled", "only sup_only trains on strong views of labeled images")
+
+
+def _check_schedule(config: Config, reader: Reader) -> None:
+    trainer, scheduler = config.trainer, config.trainer.lr_scheduler
     if trainer.unsupervised is not None and trainer.sup_only_epoch >= trainer.epochs:
         reader.error(
             "trainer.sup_only_epoch",
             f"expected fewer than the {trainer.epochs} epochs, got {trainer.sup_only_epoch}: no epoch is left for iMAS",
         )
-    if trainer.unsupervised is not None and train.strong_aug is not None and train.strong_aug.labeled:
-        reader.error("dataset.train.strong_aug.labeled", "only sup_only trains on strong views of labeled images")
+    if scheduler.mode == "milestones" and not scheduler.kwargs.milestones:
+        reader.error("trainer.lr_scheduler.kwargs.milestones", "missing; the mode milestones needs epochs here")
+
+
+def _check_data(config: Config, reader: Reader) -> None:
+    dataset, train = config.dataset, config.dataset.train
     if train.rand_resize is not None and train.resize_base_size is None:
         reader.error("dataset.train.resize_base_size", "missing; dataset.train.rand_resize needs it")
-    if dataset.type != "shapes":
+    in_files = dataset.type in ("pascal", "cityscapes")
+    if train.crop is None and (train.rand_resize is not None or in_files):
+        reader.error("dataset.train.crop", "missing; images of different sizes need a crop to be batched")
+    if in_files:
         for name, section in (("train", train), ("val", dataset.val)):
             if section.data_list is None:
                 reader.error(f"dataset.{name}.data_list", "missing; expected the path of a list file")
         if train.data_root is None:
             reader.error("dataset.train.data_root", f"missing; expected the folder of {dataset.type}")
-        if train.crop is None:
-            reader.error("dataset.train.crop", "missing; images of different sizes need a crop to be batched")
-    if train.hardness_aware is not None and train.hardness_aware.scale_box and train.hardness_aware.gaussian_box:
+
+
+def _check_boxes(config: Config, reader: Reader) -> None:
+    hardness = config.dataset.train.hardness_aware
+    if hardness is not None and hardness.scale_box and hardness.gaussian_box:
         reader.error("dataset.train.hardness_aware.gaussian_box", "cannot be combined with scale_box")
+
+
+# Sections that contradict each other.
+_CHECKS: tuple[Callable[[Config, Reader], None], ...] = (
+    lambda config, reader: _check_net(config.net, reader, "net."),
+    _check_classes,
+    _check_method,
+    _check_schedule,
+    _check_data,
+    _check_boxes,
+)

@@ -6,11 +6,14 @@ field's metadata (see ``option``) allowed values, former names and what they mea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,18 @@ import yaml
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: one message, no traceback, exit status 2."""
+    """Something that the person at the keyboard can mend: one message, no traceback, an exit status."""
+
+    status = 2
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call a script's ``main``; a ``UserError`` becomes its message on stderr and its exit status."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
 
 
 class ConfigError(UserError, ValueError):
@@ -49,39 +63,44 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+BAD = object()  # stands in a section for a value that could not be read: nothing can be asked of it
+
+
 class Reader:
     """Collects errors and translations while sections are read.
 
     Args:
         source: what to call the input in messages, usually the file.
-        lines: line numbers by dotted key, where known.
+
+    ``lines`` holds the line of each dotted key, where known.
     """
 
-    def __init__(self, source: str, lines: Mapping[str, int] | None = None) -> None:
+    def __init__(self, source: str) -> None:
         self.source = source
-        self.lines = lines or {}
-        self.errors: list[str] = []
+        self.lines: dict[str, int] = {}
+        self.errors: dict[str, str] = {}  # by dotted key
         self.translated: list[str] = []
 
-    def error(self, key: str, message: str) -> None:
-        line = self.lines.get(key)
+    def error(self, key: str, message: str, line: int | None = None) -> None:
+        """Note what is wrong with a key, unless something is known to be wrong with it already."""
+        line = line or self.lines.get(key)
         where = self.source if line is None else f"{self.source}:{line}"
-        self.errors.append(f"{where}: {key or 'top level'}: {message}")
+        self.errors.setdefault(key, f"{where}: {key or 'top level'}: {message}")
 
     def finish(self) -> None:
         """Raise ``ConfigError`` with all errors found, if any."""
         if self.errors:
             count = "1 error" if len(self.errors) == 1 else f"{len(self.errors)} errors"
-            raise ConfigError("\n".join([f"{count} in the configuration:", *(f"  {error}" for error in self.errors)]))
+            lines = (f"  {error}" for error in self.errors.values())
+            raise ConfigError("\n".join([f"{count} in the configuration:", *lines]))
 
     def section(self, kind: type, raw: Any, path: str = "") -> Any:
-        """Read a mapping into the dataclass ``kind``; None if it had errors of its own or below."""
+        """Read a mapping into the dataclass ``kind``; what could not be read is ``BAD`` in it."""
         if raw is None:
             raw = {}
         if not isinstance(raw, dict):
             self.error(path, f"expected a section (key: value lines), got {_show(raw)}")
-            return None
-        before = len(self.errors)
+            return BAD
         fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
         former = {field.metadata["old"]: field for field in fields.values() if field.metadata.get("old")}
         meaningless = getattr(kind, "MEANINGLESS", {})
@@ -118,8 +137,10 @@ class Reader:
         for field in fields.values():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and field.name not in values:
-                self.error(f"{path}.{field.name}" if path else field.name, f"missing; expected {_words(hints[field.name])}")
-        return kind(**values) if len(self.errors) == before else None
+                here = f"{path}.{field.name}" if path else field.name
+                self.error(here, f"missing; expected {_words(hints[field.name])}")
+                values[field.name] = BAD
+        return kind(**values)
 
     def _value(self, field: dataclasses.Field, hint: Any, raw: Any, path: str) -> Any:
         check, convert, spelling = (field.metadata.get(rule) for rule in ("check", "convert", "spelling"))
@@ -132,9 +153,10 @@ class Reader:
             value = self._typed(hint, raw, path)
         except TypeError:
             self.error(path, f"expected {check[1] if check else _words(hint)}, got {_show(raw)}")
-            return None
+            return BAD
         if value is not None and check is not None and not check[0](value):
             self.error(path, f"expected {check[1]}, got {_show(raw)}")
+            return BAD
         return value
 
     def _typed(self, hint: Any, raw: Any, path: str) -> Any:
@@ -161,50 +183,54 @@ class Reader:
             if len(hints) == len(raw):
                 return tuple(self._typed(item_hint, item, path) for item_hint, item in zip(hints, raw))
         elif hint is float and isinstance(raw, int | float | str) and not isinstance(raw, bool):
-            try:
-                return float(raw)  # YAML 1.1 reads 1e-4 as a string
-            except ValueError:
-                pass
+            with contextlib.suppress(ValueError, OverflowError):
+                value = float(raw)  # YAML 1.1 reads 1e-4 as a string
+                if math.isfinite(value):
+                    return value
         elif hint in (bool, int, str) and type(raw) is hint:
             return raw
         raise TypeError
 
 
-def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
-    """The content of a YAML file, by the safe loader, and the line of every dotted key.
+# What PyYAML raises for content that its safe loader cannot make: an impossible date, a wrong tag, an endless alias.
+_UNLOADABLE = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
+
+
+def read_yaml(path: Path) -> tuple[Any, Reader]:
+    """The content of a YAML file, by the safe loader, and a reader that knows its lines.
+
+    A key that stands twice (YAML would silently keep the last) is an error of the reader.
 
     Raises:
-        ConfigError: a file that is missing, no YAML, or has a key twice (YAML would silently keep the last).
+        ConfigError: a file that is missing or not YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise ConfigError(f"{path}: cannot read the configuration file: {reason}") from None
+    reader = Reader(str(path))
     try:
-        lines: dict[str, int] = {}
-        repeated: list[str] = []
         node = yaml.compose(text, yaml.SafeLoader)
         if node is not None:
-            _key_lines(node, "", lines, repeated)
+            _note_lines(node, "", reader)
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _UNLOADABLE as error:
         raise ConfigError(f"{path}: not a YAML file that can be loaded safely: {error}") from None
-    if repeated:
-        raise ConfigError("\n".join(f"{path}:{line}" for line in repeated))
-    return content, lines
+    return content, reader
 
 
-def _key_lines(node: yaml.Node, prefix: str, lines: dict[str, int], repeated: list[str]) -> None:
+def _note_lines(node: yaml.Node, prefix: str, reader: Reader) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
         dotted = f"{prefix}.{key.value}" if prefix else str(key.value)
         line = key.start_mark.line + 1
-        if dotted in lines:
-            repeated.append(f"{line}: {dotted}: this key stands twice, first in line {lines[dotted]}")
-        lines[dotted] = line
-        _key_lines(value, dotted, lines, repeated)
+        if dotted in reader.lines:
+            reader.error(dotted, f"this key stands twice, first in line {reader.lines[dotted]}", line)
+            continue
+        reader.lines[dotted] = line
+        _note_lines(value, dotted, reader)
 
 
 def apply_overrides(raw: dict, overrides: Iterable[str]) -> dict:
@@ -216,7 +242,7 @@ def apply_overrides(raw: dict, overrides: Iterable[str]) -> dict:
             raise ConfigError(f"override {word!r}: expected dotted.key=value, for example trainer.epochs=10")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except _UNLOADABLE as error:
             raise ConfigError(f"override {word!r}: the value is not YAML: {error}") from None
         *parents, last = dotted.split(".")
         section = result

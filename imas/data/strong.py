@@ -54,7 +54,7 @@ def strong_view(image: Image.Image, num_augs: int, rng: np.random.Generator) -> 
     """``num_augs`` operations, drawn uniformly with replacement, one after the other, each of a random strength.
 
     Args:
-        image: RGB. A new image is returned.
+        image: RGB, left as it is.
     """
     names = list(OPERATIONS)
     for _ in range(num_augs):

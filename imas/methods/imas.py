@@ -88,9 +88,7 @@ class IMAS(Method):
 
         targets = ([] if mixed is None else [mixed.pseudo]) + ([pseudo] if strong is not None or mixed is None else [])
         weight = score if self.hardness is not None and self.hardness.weight_loss else None
-        losses = [
-            self.consistency(logits, target, weight) for logits, target in zip(unlabeled, targets, strict=True)
-        ]
+        losses = [self.consistency(logits, target, weight) for logits, target in zip(unlabeled, targets, strict=True)]
         loss_ub = self.unsupervised.loss_weight * sum(losses) / len(losses)
 
         scalars = {

@@ -42,7 +42,7 @@ class ASPP(nn.Module):
         self.conv5 = nn.Sequential(*_conv_bn_relu(inputs, planes, 3, dilations[2]))
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = self.conv1(x).expand(-1, -1, *x.shape[-2:])  # resizing one pixel is repeating it
+        whole = resize(self.conv1(x), x.shape[-2:])
         return torch.cat([whole, self.conv2(x), self.conv3(x), self.conv4(x), self.conv5(x)], dim=1)
 
 

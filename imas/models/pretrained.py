@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,14 @@ from .resnet import ResNet
 log = logging.getLogger("imas")
 
 # The scene-parsing files of MIT CSAIL spell the deep stem without a Sequential.
-_MIT_STEM = {"conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3", "bn2": "conv1.4", "conv3": "conv1.6", "bn3": "bn1"}
+_MIT_STEM = {
+    "conv1": "conv1.0",
+    "bn1": "conv1.1",
+    "conv2": "conv1.3",
+    "bn2": "conv1.4",
+    "conv3": "conv1.6",
+    "bn3": "bn1",
+}
 _SHOWN = 8
 
 
@@ -55,19 +62,32 @@ def load_encoder(encoder: ResNet, path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Named tensors of a weight file, loaded safely; a ``state_dict`` entry is unpacked."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weight file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: not a weight file that can be loaded safely ({error})") from None
+    """Named tensors of a weight file, loaded safely; a ``state_dict`` entry is unpacked.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``load_safely``; or a file that holds something else.
+    """
+    state = load_safely(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a dict of named tensors")
     return state
+
+
+def load_safely(path: str | Path) -> Any:
+    """``torch.load`` to the CPU that executes nothing.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a file that is torn, foreign or not safe to load.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file makes torch raise almost anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: torn, foreign or not safe to load ({reason})") from None
 
 
 def _renamed(name: str) -> str:

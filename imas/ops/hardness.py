@@ -78,7 +78,7 @@ def score_predictions(
     rho_s = (student.confidence >= threshold).float().mean(dim=(1, 2))
     rho_t = (teacher.confidence >= threshold).float().mean(dim=(1, 2))
 
-    joint = count_pairs(student.label, teacher.label, num_classes).float()  # (B, C, C)
+    joint = count_pairs(student.label, teacher.label, num_classes).double()  # (B, C, C)
     n_s, n_t = joint.sum(2), joint.sum(1)
     both = joint.diagonal(dim1=1, dim2=2)
     union = n_s + n_t - both
@@ -88,7 +88,7 @@ def score_predictions(
         wiou_s = _weighted_mean(iou, n_s, ignore_background)
         wiou_t = _weighted_mean(iou, n_t, ignore_background)
     else:
-        wiou_s = wiou_t = iou.sum(1) / (union > 0).sum(1)
+        wiou_s = wiou_t = (iou.sum(1) / (union > 0).sum(1)).float()
 
     total = rho_t * wiou_t + rho_s * wiou_s
     divisor = 2.0 if version == 1 else rho_t + rho_s
@@ -114,4 +114,4 @@ def _weighted_mean(iou: Tensor, pixels: Tensor, ignore_background: bool) -> Tens
         pixels = pixels.clone()
         pixels[:, 0] = 0
     weight = pixels / pixels.sum(1, keepdim=True).clamp(min=1)
-    return (weight * iou).sum(1)
+    return (weight * iou).sum(1).float()

@@ -70,7 +70,7 @@ class ConfusionMatrix:
     @property
     def pixel_accuracy(self) -> float:
         """Share of all valid pixels that were right."""
-        return (self.intersection.sum() / self.counts.sum()).item()
+        return (self.intersection.sum().double() / self.counts.sum()).item()
 
     def _over(self, divisor: Tensor) -> Tensor:
         ratio = self.intersection.double() / divisor

@@ -1,0 +1,240 @@
+"""From a configuration to batches: which images, in which order, drawn by which seeds.
+
+Every random choice is a pure function of (run seed, stream, epoch, position in the epoch): no two ranks or workers
+draw the same, any number of workers draws alike, and a resumed run continues as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from ..config import Config, TrainData
+from ..strict import UserError
+from .catalog import CATALOGS
+from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, read_list
+from .source import FileSource, ShapesSource, shapes_names
+
+_STREAMS = {"labeled": 0, "unlabeled": 1}
+_OVERSAMPLING, _ORDER = 2, 3  # what else is drawn, as numbers beside those of the streams
+_SHAPES_VAL = 1_000_000  # validation images of the embedded set are numbered from here
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Names of the images of a run."""
+
+    labeled: list[str]
+    unlabeled: list[str]  # empty for sup_only
+    val: list[str]
+
+
+def read_lists(config: Config) -> Lists:
+    """The lists that a configuration names, or those of the embedded set where it names none."""
+    train, val, shapes = config.dataset.train, config.dataset.val, config.dataset.shapes
+    embedded = config.dataset.type == "shapes"
+    if train.data_list is None and embedded:
+        labeled = shapes_names(0, shapes.labeled)
+    else:
+        labeled = read_list(train.data_list)
+    unlabeled: list[str] = []
+    if config.trainer.unsupervised is not None:
+        if train.unlabeled_list is not None:
+            unlabeled = read_list(train.unlabeled_list)
+        elif train.data_list is None and embedded:
+            unlabeled = shapes_names(shapes.labeled, shapes.unlabeled)
+        else:
+            unlabeled = read_list(_beside(train))
+    return Lists(
+        labeled, unlabeled, shapes_names(_SHAPES_VAL, shapes.val) if val.data_list is None else read_list(val.data_list)
+    )
+
+
+def _beside(train: TrainData) -> Path:
+    path = Path(train.data_list)
+    if "labeled.txt" not in path.name:
+        raise UserError(f"dataset.train.unlabeled_list: missing; it cannot be derived from {path}")
+    return path.with_name(path.name.replace("labeled.txt", "unlabeled.txt"))
+
+
+def open_source(config: Config, root: str | None) -> FileSource | ShapesSource:
+    """Where the images of a configuration lie. ``root``: the folder of a file data set."""
+    dataset = config.dataset
+    if dataset.type == "shapes":
+        return ShapesSource(dataset.shapes.seed, dataset.shapes.size)
+    return FileSource(dataset.type, Path(root), CATALOGS[dataset.type], dataset.ignore_label)
+
+
+def val_root(config: Config) -> str | None:
+    """The folder of the validation images."""
+    return config.dataset.val.data_root or config.dataset.train.data_root
+
+
+def oversample(count: int, wanted: int, seed: int) -> list[int]:
+    """``wanted`` indices into a list of ``count``, drawn once per run (spec, Sampling).
+
+    The list is repeated ceil(wanted / count) times, and drawn from without replacement.
+    """
+    repeated = np.tile(np.arange(count), -(-wanted // count))
+    rng = np.random.default_rng((seed, _OVERSAMPLING))
+    return rng.permutation(repeated)[:wanted].tolist()
+
+
+class EpochSampler(Sampler):
+    """This rank's share of one epoch, as batches of ``Draw``.
+
+    Passes over all items, each a new permutation, follow one another; an epoch is the next ``size`` of them, dealt to
+    the ranks in turn. Each rank has ceil(size / world): where that does not divide, the first are dealt again.
+
+    Args:
+        items: indices into the data set.
+        size: draws per epoch over all ranks.
+        stream: a name in ``_STREAMS``.
+        drop_last: leave out the last short batch. A batch of one image is always left out: BatchNorm cannot train
+            on it.
+    """
+
+    def __init__(
+        self,
+        items: list[int],
+        size: int,
+        batch_size: int,
+        seed: int,
+        stream: str,
+        rank: int,
+        world: int,
+        drop_last: bool = True,
+    ) -> None:
+        self.items, self.size, self.batch_size = items, size, batch_size
+        self.seed, self.stream = seed, _STREAMS[stream]
+        self.rank, self.world, self.drop_last = rank, world, drop_last
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        count, first = len(self.items), self.epoch * self.size
+        passes = range(first // count, -(-(first + self.size) // count))
+        seeds = [(self.seed, _ORDER + self.stream, number) for number in passes]
+        orders = [np.random.default_rng(words).permutation(count) for words in seeds]
+        order = np.concatenate(orders)[first - passes[0] * count :][: self.size]
+        per_rank = -(-self.size // self.world)
+        draws = [
+            Draw(self.items[order[position % self.size]], (self.seed, self.stream, self.epoch, position))
+            for position in range(self.rank, per_rank * self.world, self.world)
+        ]
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield draws[start : start + self.batch_size]
+
+    def __len__(self) -> int:
+        """Iterations per epoch."""
+        per_rank = -(-self.size // self.world)
+        whole, rest = divmod(per_rank, self.batch_size)
+        return whole + (not self.drop_last and rest > 1)
+
+
+class TrainingData:
+    """The loaders of a run.
+
+    ``for batch in data.epoch(number, unlabeled=True)`` gives dicts of CPU tensors, named as the fields of
+    ``methods.base.Batch``, images as uint8.
+
+    Args:
+        seed: of the run.
+        rank, world: of this process.
+    """
+
+    def __init__(self, config: Config, lists: Lists, seed: int, rank: int, world: int) -> None:
+        train, workers = config.dataset.train, config.dataset.workers
+        source = open_source(config, train.data_root)
+        geometry = Geometry(
+            train.resize_base_size,
+            train.rand_resize,
+            train.flip,
+            None if train.crop is None else train.crop.size,
+            "rand" if train.crop is None else train.crop.type,
+            config.dataset.ignore_label,
+        )
+        strong = train.strong_aug
+        strong_labeled = strong.num_augs if strong is not None and strong.labeled else None
+        labeled = LabeledSet(source, lists.labeled, geometry, strong_labeled)
+        count, pool = len(lists.labeled), len(lists.unlabeled)
+        items, size = list(range(count)), train.epoch_size or count
+        if pool and train.epoch_size is None:
+            items, size = oversample(count, pool, seed), pool
+        # SupOnly keeps Pascal's last short batch and drops that of Cityscapes (spec, SupOnly).
+        drop_last = bool(pool) or config.dataset.type == "cityscapes"
+        self.labeled_sampler = EpochSampler(
+            items, size, train.batch_size, seed, "labeled", rank, world, drop_last
+        )  # fmt: skip
+        self.labeled = _loader(labeled, self.labeled_sampler, workers)
+        self.unlabeled = None
+        if pool:
+            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, None if strong is None else strong.num_augs)
+            self.unlabeled_sampler = EpochSampler(
+                list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
+            )
+            self.unlabeled = _loader(unlabeled, self.unlabeled_sampler, workers)
+        if not len(self):
+            raise UserError(
+                f"dataset.train.batch_size: {size} images an epoch over {world} process(es) do not fill one batch of "
+                f"{train.batch_size}"
+            )
+
+    def __len__(self) -> int:
+        """Iterations per epoch: floor(ceil(U / world) / batch) where there are unlabeled images."""
+        return len(self.labeled_sampler)
+
+    def epoch(self, number: int, unlabeled: bool) -> Iterator[dict[str, Tensor]]:
+        """Batches of one epoch; without ``unlabeled`` the unlabeled images are not read."""
+        self.labeled_sampler.epoch = number
+        if not unlabeled:
+            yield from _clear_errors(self.labeled)
+            return
+        self.unlabeled_sampler.epoch = number
+        for first, second in zip(_clear_errors(self.labeled), _clear_errors(self.unlabeled), strict=True):
+            yield first | second
+
+
+def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:
+    """This rank's share of the validation images, every image once over all ranks, as lists of (image, label)."""
+    dataset = EvaluationSet(open_source(config, val_root(config)), names[rank::world])
+    return DataLoader(dataset, config.dataset.val.batch_size, num_workers=config.dataset.workers, collate_fn=list)
+
+
+def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """(B, 3, H, W) uint8 and (B, H, W) int64: the loader's lists, stacked where sizes are equal."""
+    for samples in _clear_errors(loader):
+        by_size: dict[torch.Size, list] = {}
+        for image, label in samples:
+            by_size.setdefault(label.shape, []).append((image, label))
+        for group in by_size.values():
+            images, labels = zip(*group)
+            yield torch.stack(images), torch.stack(labels)
+
+
+def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=False,
+        worker_init_fn=_single_thread,
+    )
+
+
+def _single_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _clear_errors(loader: DataLoader) -> Iterator:
+    """The loader's batches; a mistake in the data leaves a worker without the worker's traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None

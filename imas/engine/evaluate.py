@@ -1,0 +1,92 @@
+"""Sliding-window evaluation: one evaluator for training and for ``eval.py`` (spec, Evaluation)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .. import distributed
+from ..data.loaders import evaluation_batches
+from ..ops.metrics import ConfusionMatrix
+
+
+@torch.no_grad()
+def predict_sliding(model: nn.Module, images: Tensor, crop: int) -> Tensor:
+    """Softmax probabilities of overlapping windows, summed: (B, 3, H, W) normalised → (B, C, H, W) float32.
+
+    Windows of ``crop`` × ``crop`` start at 0, stride, 2·stride, ... while inside the image, stride = int(crop·2/3);
+    the last ones are cut short by the border. The model is used in the mode that it is in.
+
+    Args:
+        model: gives logits (B, C, h, w) of any window, or a tuple that begins with them.
+        crop: window side in pixels, at least 2.
+    """
+    height, width = images.shape[-2:]
+    stride = int(crop * 2 / 3)
+    total: Tensor | None = None
+    for top in range(0, height, stride):
+        for left in range(0, width, stride):
+            window = (..., slice(top, min(top + crop, height)), slice(left, min(left + crop, width)))
+            output = model(images[window])
+            probabilities = (output[0] if isinstance(output, tuple) else output).float().softmax(dim=1)
+            if total is None:
+                total = probabilities.new_zeros(len(images), probabilities.shape[1], height, width)
+            total[window] += probabilities
+    return total
+
+
+@torch.no_grad()
+def evaluate(
+    networks: dict[str, nn.Module],
+    loader: DataLoader,
+    normalise: Callable[[Tensor], Tensor],
+    *,
+    num_classes: int,
+    crop: int,
+    ignore_index: int,
+    device: torch.device,
+) -> dict[str, ConfusionMatrix]:
+    """Confusion matrix of each network over all validation images of all ranks.
+
+    Args:
+        networks: by name; put into eval mode, and back into the mode that they were in.
+        loader: this rank's images, of ``evaluation_loader``.
+        normalise: uint8 images → network input.
+    """
+    modes = {name: network.training for name, network in networks.items()}
+    matrices = {name: ConfusionMatrix(num_classes, ignore_index, device) for name in networks}
+    for network in networks.values():
+        network.eval()
+    for images, labels in evaluation_batches(loader):
+        images = normalise(images.to(device))
+        labels = labels.to(device)
+        for name, network in networks.items():
+            matrices[name].update(predict_sliding(network, images, crop).argmax(dim=1), labels)
+    for name, network in networks.items():
+        network.train(modes[name])
+        distributed.sum_over_ranks(matrices[name].counts)
+    return matrices
+
+
+def format_table(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> str:
+    """IoU, accuracy and share of pixels of each class in percent, and their means, as aligned text."""
+    share = matrix.target / matrix.target.sum()
+    rows = [
+        (name, _percent(iou), _percent(accuracy), _percent(pixels))
+        for name, iou, accuracy, pixels in zip(
+            class_names, matrix.iou.tolist(), matrix.accuracy.tolist(), share.tolist(), strict=True
+        )
+    ]
+    rows.append(("mean", _percent(matrix.miou), _percent(matrix.mean_accuracy), ""))
+    rows.append(("all pixels", "", _percent(matrix.pixel_accuracy), ""))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{'class':{width}}  {'IoU':>6}  {'acc.':>6}  {'pixels':>6}"]
+    lines += [f"{name:{width}}  {iou:>6}  {accuracy:>6}  {pixels:>6}" for name, iou, accuracy, pixels in rows]
+    return "\n".join(lines)
+
+
+def _percent(value: float) -> str:
+    return "n/a" if value != value else f"{100 * value:.2f}"

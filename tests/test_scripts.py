@@ -1,0 +1,216 @@
+"""``train_semi.py`` and ``eval.py`` as a user starts them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run, start
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(folder / "checkpoints" / "ckpt.pth", weights_only=True)
+    return {f"{key}/{name}": tensor for key in ("model_state", "teacher_state") for name, tensor in state[key].items()}
+
+
+def test_train_then_evaluate(experiment: Callable[..., Path]) -> None:
+    """The main path: lines, CSV files, checkpoints, pictures, TensorBoard; eval.py repeats the mIoU to the digit."""
+    config = experiment()
+    trained = run("train_semi.py", "--config", config, "--seed", "3")
+    assert trained.returncode == 0, trained.stderr
+    folder = config.parent
+    state = torch.load(folder / "checkpoints" / "ckpt.pth", weights_only=True)
+    assert {"epoch", "model_state", "teacher_state", "optimizer_state", "best_miou"} <= set(state)
+    assert state["epoch"] == 3
+    assert (folder / "checkpoints" / "ckpt_best.pth").is_file()
+    assert (folder / "log" / "predictions.png").stat().st_size > 1000
+    assert list((folder / "log" / "tensorboard").iterdir())
+    for words in ("epoch 2, iteration", "background", "checkpoints", "TensorBoard", "it/s"):
+        assert words in trained.stdout + trained.stderr, words
+
+    metrics = _rows(folder / "log" / "metrics.csv")
+    assert [row["epoch"] for row in metrics] == ["0", "1", "2"]
+    assert metrics[0]["loss_ub"] == "" and float(metrics[1]["loss_ub"]) >= 0
+    assert metrics[1]["miou_tea"] == metrics[1]["miou_stu"]  # the teacher is the student in its first epoch
+    assert float(metrics[2]["best"]) == max(float(row["miou_tea"]) for row in metrics)
+    assert float(metrics[2]["best-stu"]) == max(float(row["miou_stu"]) for row in metrics)
+    scores = _rows(folder / "log" / "scores.csv")
+    assert sorted(row["image"] for row in scores if row["epoch"] == "1") == [f"shapes/{i:05d}" for i in range(4, 16)]
+    assert all(0 <= float(row["score"]) <= 1 for row in scores)
+
+    for network, column in (("teacher", "miou_tea"), ("student", "miou_stu")):
+        out = folder / f"{network}.json"
+        evaluated = run(
+            "eval.py", "--config", config, "--checkpoint", folder / "checkpoints" / "ckpt.pth",
+            "--network", network, "--json", out,
+        )  # fmt: skip
+        assert evaluated.returncode == 0, evaluated.stderr
+        figures = json.loads(out.read_text())
+        assert figures["miou"] == float(metrics[2][column])
+        assert f"mIoU {figures['miou']:.2f}" in evaluated.stdout
+        assert f"{network} mIoU {figures['miou']:.2f}" in trained.stdout
+        assert figures["images"] == 5 and set(figures["iou"]) >= {"background"}
+
+
+def test_sup_only_trains_and_has_no_teacher(experiment: Callable[..., Path]) -> None:
+    config = experiment(
+        dataset={
+            "type": "shapes",
+            "train": {"batch_size": 2, "strong_aug": {"labeled": True}, "epoch_size": 6},
+            "shapes": {"size": 32, "labeled": 4, "val": 3},
+            "val": {"crop": {"size": 48}},
+            "workers": 0,
+        },
+        trainer={"epochs": 2, "eval_every": 2, "optimizer": {"kwargs": {"lr": 0.02}}},
+    )
+    trained = run("train_semi.py", "--config", config)
+    assert trained.returncode == 0, trained.stderr
+    assert "2 epochs of 3 iterations" in trained.stdout
+    state = torch.load(config.parent / "checkpoints" / "ckpt.pth", weights_only=True)
+    assert "teacher_state" not in state
+    rows = _rows(config.parent / "log" / "metrics.csv")
+    assert [row["miou_stu"] != "" for row in rows] == [False, True]
+    assert all(row["miou_tea"] == row["loss_ub"] == "" for row in rows)
+    evaluated = run("eval.py", "--config", config, "--checkpoint", config.parent / "checkpoints" / "ckpt.pth")
+    assert f"mIoU {float(rows[1]['miou_stu']):.2f}" in evaluated.stdout
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_continues_to_the_same_end(experiment: Callable[..., Path], way: signal.Signals) -> None:
+    """Killed after its first epoch and started again: weights bitwise those of a run that was left alone."""
+    straight, killed = experiment("straight"), experiment("killed")
+    assert run("train_semi.py", "--config", straight).returncode == 0
+    process = start("train_semi.py", "--config", killed)
+    checkpoint = killed.parent / "checkpoints" / "ckpt.pth"
+    deadline = time.monotonic() + 120
+    while not checkpoint.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(way)
+    process.communicate(timeout=60)
+    assert checkpoint.is_file()
+    again = run("train_semi.py", "--config", killed)
+    assert again.returncode == 0, again.stderr
+    expected, got = _weights(straight.parent), _weights(killed.parent)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    for name in ("metrics.csv", "scores.csv"):
+        assert (straight.parent / "log" / name).read_text() == (killed.parent / "log" / name).read_text()
+
+
+def test_same_seed_same_run_and_other_seed_another(experiment: Callable[..., Path]) -> None:
+    ends = []
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        config = experiment(name)
+        assert run("train_semi.py", "--config", config, "--seed", seed, "--set", "trainer.epochs=2").returncode == 0
+        ends.append(_weights(config.parent))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert any(not torch.equal(ends[0][name], ends[2][name]) for name in ends[0])
+
+
+def test_two_processes_train_together(experiment: Callable[..., Path]) -> None:
+    """Under torchrun: every validation image once, scores of all unlabeled images, one log."""
+    config = experiment()
+    trained = run("train_semi.py", "--config", config, launcher=TORCHRUN)
+    assert trained.returncode == 0, trained.stderr
+    assert "3 epochs of 1 iterations, batch 4 on 2 process(es)" in trained.stdout
+    assert trained.stdout.count("epoch 2: teacher mIoU") == 1
+    metrics = _rows(config.parent / "log" / "metrics.csv")
+    scores = _rows(config.parent / "log" / "scores.csv")
+    assert len([row for row in scores if row["epoch"] == "2"]) == 8  # 12 images, 2 ranks, 1 batch of 4 each
+    out = config.parent / "one.json"
+    checkpoint = config.parent / "checkpoints" / "ckpt.pth"
+    evaluated = run("eval.py", "--config", config, "--checkpoint", checkpoint, "--json", out, launcher=TORCHRUN)
+    assert evaluated.returncode == 0, evaluated.stderr
+    # Batches of other sizes round differently: a pixel or two, not an image, may fall the other way.
+    assert json.loads(out.read_text())["miou"] == pytest.approx(float(metrics[2]["miou_tea"]), abs=0.1)
+    assert "on 5 images" in evaluated.stdout
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(experiment: Callable[..., Path]) -> None:
+    config = experiment()
+    assert run("train_semi.py", "--config", config, "--set", "trainer.epochs=2").returncode == 0
+    before = (config.parent / "checkpoints" / "ckpt.pth").read_bytes()
+    stopped = run("train_semi.py", "--config", config, "--set", "trainer.optimizer.kwargs.lr=1e30")
+    assert stopped.returncode == 1
+    assert re.search(r"iteration \d+: loss_\w+ = (nan|inf)", stopped.stderr)
+    assert "Traceback" not in stopped.stderr
+    assert (config.parent / "checkpoints" / "ckpt.pth").read_bytes() == before
+
+
+def _pascal(folder: Path, value: int = 1) -> dict:
+    """A Pascal tree with one image, and the sections that use it."""
+    import numpy as np
+    from PIL import Image
+
+    for name in ("JPEGImages", "SegmentationClassAug"):
+        (folder / "VOC" / name).mkdir(parents=True)
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(folder / "VOC" / "JPEGImages" / "a.jpg")
+    Image.fromarray(np.full((40, 50), value, np.uint8)).save(folder / "VOC" / "SegmentationClassAug" / "a.png")
+    (folder / "labeled.txt").write_text("a\n")
+    (folder / "unlabeled.txt").write_text("a\n")
+    lists = {"data_root": str(folder / "VOC"), "data_list": str(folder / "labeled.txt")}
+    return {"type": "pascal", "train": {**lists, "crop": {"size": 33}, "batch_size": 1}, "val": lists, "workers": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["trainer.epoch=5", "net.num_classes=three"], ["trainer.epoch: unknown key; did you mean epochs?", "three"]),
+        (["dataset.train.data_list=nowhere.txt"], ["nowhere.txt", "cannot read the list"]),
+        (["net.encoder.pretrain=nowhere.pth"], ["net.encoder.pretrain", "nowhere.pth", "no such file"]),
+        (["nonsense"], ["nonsense", "dotted.key=value"]),
+    ],
+)
+def test_mistakes_end_with_one_message_and_nothing_on_disk(experiment, change: list[str], words: list[str]) -> None:
+    config = experiment()
+    ended = run("train_semi.py", "--config", config, *(word for item in change for word in ("--set", item)))
+    assert ended.returncode == 2
+    assert all(word in ended.stderr for word in words), ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(config.parent.iterdir()) == [config]
+
+
+def test_mistakes_in_the_data_end_with_one_message_and_nothing_on_disk(experiment, tmp_path: Path) -> None:
+    dataset = _pascal(tmp_path / "data", value=77)
+    config = experiment(dataset=dataset)
+    net = ("--set", "net.num_classes=21")
+    ended = run("train_semi.py", "--config", config, *net)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "SegmentationClassAug/a.png" in ended.stderr and "77" in ended.stderr and "0..20" in ended.stderr
+    (tmp_path / "data" / "VOC" / "JPEGImages" / "a.jpg").unlink()
+    ended = run("train_semi.py", "--config", config, *net)
+    assert ended.returncode == 2 and "JPEGImages/a.jpg" in ended.stderr and "missing" in ended.stderr
+    missing = run("train_semi.py", "--config", tmp_path / "none.yaml")
+    assert missing.returncode == 2 and "none.yaml" in missing.stderr
+    assert list(config.parent.iterdir()) == [config]
+
+
+def test_an_earlier_run_is_not_overwritten(experiment: Callable[..., Path]) -> None:
+    config = experiment()
+    assert run("train_semi.py", "--config", config, "--set", "trainer.epochs=2").returncode == 0
+    before = (config.parent / "checkpoints" / "ckpt.pth").read_bytes()
+    cases = {
+        ("--set", "saver.auto_resume=false"): "earlier run",
+        ("--seed", "9"): "seed 0",
+        ("--set", "net.encoder.kwargs.width=8"): "does not fit the network",
+    }
+    for words, message in cases.items():
+        ended = run("train_semi.py", "--config", config, *words)
+        assert ended.returncode == 2 and message in ended.stderr and "Traceback" not in ended.stderr
+    assert (config.parent / "checkpoints" / "ckpt.pth").read_bytes() == before
+    wrong = run("eval.py", "--config", config, "--checkpoint", config)
+    assert wrong.returncode == 2 and "not safe to load" in wrong.stderr

@@ -1,0 +1,77 @@
+"""The house: imports run downwards, and the public names are there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+import imas
+
+ROOT = Path(imas.__file__).parents[1]
+
+# room → what it may import of ours
+ALLOWED = {
+    "imas/strict.py": set(),
+    "imas/distributed.py": set(),
+    "imas/config.py": {"strict"},
+    "imas/ops": {"ops"},
+    "imas/models": {"models"},
+    "imas/data": {"data", "config", "strict"},
+    "imas/methods": {"methods", "ops", "models", "config"},
+    "imas/build.py": {"config", "methods", "models", "ops", "strict"},
+    "imas/engine": {"engine", "methods.base", "models.pretrained", "data", "ops", "config", "distributed", "strict"},
+}
+OUTSIDE = {"torch", "torchvision", "numpy", "yaml", "PIL", "tensorboard", "tqdm"}
+
+
+def _files() -> list[Path]:
+    return sorted(path for path in (ROOT / "imas").rglob("*.py") if path != ROOT / "imas" / "__init__.py")
+
+
+def _imports(path: Path) -> list[str]:
+    """Absolute dotted names of everything that a file imports."""
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1]).split(".")
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downwards(path: Path) -> None:
+    relative = str(path.relative_to(ROOT))
+    allowed = next(rooms for room, rooms in ALLOWED.items() if relative == room or relative.startswith(f"{room}/"))
+    for name in _imports(path):
+        top = name.split(".")[0]
+        if top == "imas":
+            inner = name.removeprefix("imas.")
+            assert any(inner == room or inner.startswith(f"{room}.") for room in allowed), f"{relative} imports {name}"
+        else:
+            assert top in OUTSIDE or top in sys.stdlib_module_names, f"{relative} imports {name}"
+        if name.startswith("torch.distributed"):
+            assert relative == "imas/distributed.py", f"{relative} imports {name}"
+
+
+def test_public_names_have_docstrings() -> None:
+    for name in imas.__all__:
+        assert inspect.getdoc(getattr(imas, name)), name
+
+
+def test_every_definition_is_used() -> None:
+    """A function or class that nothing names is to be deleted."""
+    sources = {path: path.read_text() for path in [*_files(), *ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]}
+    text = "\n".join([*sources.values(), (ROOT / "imas" / "__init__.py").read_text()])
+    for path, source in sources.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                uses = text.count(node.name)
+                assert uses > 1, f"{path.name} defines {node.name}, which nothing uses"
