@@ -19,8 +19,7 @@ from imas.config import load_config
 from imas.data.check import check_data
 from imas.data.loaders import read_lists
 from imas.engine import checkpoint
-from imas.engine.evaluate import format_table
-from imas.engine.fit import Evaluation
+from imas.engine.evaluate import Evaluation, format_table
 from imas.engine.log import start_logging
 from imas.ops.metrics import ConfusionMatrix
 from imas.strict import run_script

@@ -180,7 +180,7 @@ class Trainer:
     optimizer: Optimizer = option()
     epochs: int = option(check=_AT_LEAST_ONE)
     sup_only_epoch: int = option(0, check=_NOT_NEGATIVE)
-    eval_every: int = option(1, check=_AT_LEAST_ONE)  # epochs
+    eval_every: int = option(1, check=_AT_LEAST_ONE)  # epochs between evaluations, each of which ends with a checkpoint
     lr_scheduler: Scheduler = option(Scheduler)
     unsupervised: Unsupervised | None = None
 

@@ -59,6 +59,13 @@ def wrap(module: nn.Module, device: torch.device, sync_bn: bool) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
+def same_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, whose networks are saved: BatchNorm statistics differ between ranks."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of every rank's tensor, in place."""
     if world_size() > 1:

@@ -23,7 +23,7 @@ TINY = {
             "hardness_aware": {"trigger_cutmix": True, "blend": True},
         },
         "val": {"batch_size": 4, "crop": {"size": 48}},
-        "shapes": {"size": 32, "labeled": 4, "unlabeled": 12, "val": 5},
+        "shapes": {"size": 32, "labeled": 4, "unlabeled": 16, "val": 5},
         "workers": 0,
     },
     "trainer": {

@@ -17,8 +17,8 @@ from imas.data.loaders import evaluation_batches
 from imas.data.source import ShapesSource, shapes_names
 from imas.engine import checkpoint
 from imas.engine.evaluate import evaluate, format_table
-from imas.engine.fit import Meter, NonFiniteLoss
 from imas.engine.log import RunLog
+from imas.engine.meter import Meter, NonFiniteLoss
 from imas.engine.optim import build_optimizer, cosine_lr, learning_rate
 from imas.engine.pictures import prediction_sheet
 from imas.strict import UserError

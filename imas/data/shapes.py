@@ -14,8 +14,8 @@ import numpy as np
 CLASS_NAMES = ("background", "upright stripes", "level stripes", "dots")
 
 _IGNORE = 255
-_PERIOD = (4.5, 11.0)  # pixels
-_TILT = np.deg2rad(35.0)  # either way
+_PERIOD = (5.0, 10.0)  # pixels
+_TILT = np.deg2rad(25.0)  # either way
 _DUTY = (0.35, 0.65)  # share of the ink across one period
 _WARP = 1.5  # pixels
 _RADIUS = (0.18, 0.32)  # of the side

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import distributed
-from ..data.loaders import evaluation_batches
+from ..config import Config
+from ..data.catalog import CATALOGS
+from ..data.loaders import Lists, evaluation_batches, evaluation_loader
+from ..data.normalise import Normalise
 from ..ops.metrics import ConfusionMatrix
 
 
@@ -69,6 +72,27 @@ def evaluate(
         network.train(modes[name])
         distributed.sum_over_ranks(matrices[name].counts)
     return matrices
+
+
+class Evaluation:
+    """``evaluate`` with everything that follows from a configuration: ``Evaluation(...)({"teacher": network})``."""
+
+    def __init__(self, config: Config, lists: Lists, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.catalog = CATALOGS[config.dataset.type]
+        self.normalise = Normalise(config.dataset.mean, config.dataset.std, device)
+        self.loader = evaluation_loader(config, lists.val, distributed.rank(), distributed.world_size())
+
+    def __call__(self, networks: dict[str, nn.Module]) -> dict[str, ConfusionMatrix]:
+        return evaluate(
+            networks,
+            self.loader,
+            self.normalise,
+            num_classes=self.config.net.num_classes,
+            crop=self.config.dataset.val.crop.size,
+            ignore_index=self.config.dataset.ignore_label,
+            device=self.device,
+        )
 
 
 def format_table(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,33 +12,34 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..config import Config
-from ..data.catalog import CATALOGS
-from ..data.loaders import Lists, TrainingData, evaluation_loader
+from ..data.loaders import Lists, TrainingData
 from ..data.normalise import Normalise
 from ..methods.base import Batch, Method, Progress
 from ..ops.metrics import ConfusionMatrix
 from ..strict import UserError
 from . import checkpoint
-from .evaluate import evaluate, format_table
+from .evaluate import Evaluation, format_table
 from .log import RunLog
+from .meter import Meter
 from .optim import build_optimizer, learning_rate
 from .pictures import prediction_sheet
 
 log = logging.getLogger("imas")
 
-_LOGS_PER_EPOCH = 8
-
-
-class NonFiniteLoss(UserError):
-    """A loss became NaN or infinite; the last checkpoint is from before."""
-
-    status = 1
+_LOGS_PER_EPOCH = 8  # but none more often than every ten iterations
 
 
 @dataclass
-class Standing:
-    """How far a run is, beside its weights."""
+class Run:
+    """One run: what is trained, on what, and how far it is."""
 
+    config: Config
+    lists: Lists
+    seed: int
+    device: torch.device
+    method: Method
+    data: TrainingData
+    optimizer: torch.optim.Optimizer
     epoch: int = 0  # epochs done
     best: dict[str, float] | None = None  # best mIoU in percent of each network
 
@@ -53,237 +53,163 @@ def fit(method: Method, config: Config, lists: Lists, *, seed: int, device: torc
 
     Raises:
         NonFiniteLoss: naming the iteration and the losses.
+        UserError: an earlier run's checkpoint that cannot be continued.
     """
     data = TrainingData(config, lists, seed, distributed.rank(), distributed.world_size())
-    trainer = config.trainer
-    optimizer = build_optimizer(method.param_groups(), trainer.optimizer)
-    standing = _resume(method, optimizer, config, seed)
+    optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer)
+    run = Run(config, lists, seed, device, method, data, optimizer)
+    _resume(run)
     wrapped = distributed.wrap(method, device, config.net.sync_bn)
-    run_log = RunLog(config.log_dir, config.saver.use_tb, standing.epoch)
+    run_log = RunLog(config.log_dir, config.saver.use_tb, run.epoch)
     evaluation = Evaluation(config, lists, device)
+    epochs = config.trainer.epochs
     log.info(
         "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations, batch %d on %d process(es), %s",
-        len(lists.labeled), len(lists.unlabeled), len(lists.val), trainer.epochs, len(data),
+        len(lists.labeled), len(lists.unlabeled), len(lists.val), epochs, len(data),
         config.dataset.train.batch_size, distributed.world_size(), device,
     )  # fmt: skip
 
+    bar = tqdm(
+        total=epochs * len(data), initial=run.epoch * len(data), unit="it", leave=False, dynamic_ncols=True,
+        disable=not distributed.is_main(),
+    )  # fmt: skip
     matrices: dict[str, ConfusionMatrix] = {}
-    for epoch in range(standing.epoch, trainer.epochs):
-        losses = _train_epoch(wrapped, method, data, optimizer, config, lists, run_log, epoch, seed, device)
-        row, improved = dict(losses), False
-        if (epoch + 1) % trainer.eval_every == 0 or epoch + 1 == trainer.epochs:
+    for epoch in range(run.epoch, epochs):
+        row = _train_epoch(run, wrapped, run_log, bar, epoch)
+        evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
+        run.epoch = epoch + 1
+        if evaluates:
+            bar.clear()
+            distributed.same_buffers(method)
             matrices = evaluation(method.networks())
-            results, improved = _note_results(standing, matrices, epoch)
+            results, improved = _note_results(run, matrices, epoch)
             row |= results
-        standing.epoch = epoch + 1
         # Rows come before the checkpoint: a run that is cut off between the two drops them when it resumes.
         run_log.metrics(row | {"epoch": epoch})
-        if distributed.is_main():
-            _save(method, optimizer, config, standing, seed, improved)
-        run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, standing.epoch * len(data))
+        run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
+        if evaluates and distributed.is_main():
+            _save(run, improved)
+    bar.close()
     if not matrices:
-        log.info("all %d epochs were done before; to train anew, use another saver.snapshot_dir", trainer.epochs)
+        log.info("all %d epochs were done before; to train anew, name another saver.snapshot_dir", epochs)
         matrices = evaluation(method.networks())
-    evaluation.report(matrices, method.networks(), run_log, standing.epoch * len(data))
+    if distributed.is_main():
+        _report(run, matrices, evaluation, run_log)
     run_log.close()
 
 
-def _train_epoch(
-    wrapped: nn.Module,
-    method: Method,
-    data: TrainingData,
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    lists: Lists,
-    run_log: RunLog,
-    epoch: int,
-    seed: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """One epoch; returns the mean of each logged scalar."""
-    normalise = Normalise(config.dataset.mean, config.dataset.std, device)
-    scheduler, total = config.trainer.lr_scheduler, config.trainer.epochs * len(data)
-    log_every = max(1, len(data) // _LOGS_PER_EPOCH)
-    meter = Meter()
-    scores: list[tuple[Tensor, Tensor]] = []
+def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:
+    """One epoch of ``wrapped``, the method as the processes share it; gives the mean of each logged scalar."""
+    config, method, length = run.config, run.method, len(run.data)
+    normalise = Normalise(config.dataset.mean, config.dataset.std, run.device)
+    log_every = max(10, length // _LOGS_PER_EPOCH)
+    meter, scores = Meter(), []
     method.train()
-    bar = tqdm(
-        data.epoch(epoch, method.needs_unlabeled(epoch)),
-        desc=f"epoch {epoch + 1}/{config.trainer.epochs}",
-        total=len(data), unit="it", leave=False, mininterval=1.0, dynamic_ncols=True,
-        disable=not distributed.is_main(),
-    )  # fmt: skip
-    for step, tensors in enumerate(bar):
-        iteration = epoch * len(data) + step
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(scheduler, group["base_lr"], iteration, total, len(data))
-        batch = _to_device(tensors, normalise, device)
-        progress = Progress(epoch, iteration, len(data), _generator(seed, iteration))
+    for step, tensors in enumerate(run.data.epoch(epoch, method.needs_unlabeled(epoch))):
+        iteration = epoch * length + step
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                config.trainer.lr_scheduler, group["base_lr"], iteration, config.trainer.epochs * length, length
+            )
+        batch = _to_device(tensors, normalise, run.device)
+        progress = Progress(epoch, iteration, length, _generator(run.seed, iteration))
 
         output = wrapped(batch, progress)
-        optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
-        optimizer.step()
+        run.optimizer.step()
         method.after_step(progress)
 
         meter.add(output.scalars)
         if output.score is not None:
             scores.append((batch.index, output.score))
-        if (step + 1) % log_every == 0 or step + 1 == len(data):
+        bar.update()
+        logs = (iteration + 1) % log_every == 0
+        if logs or step + 1 == length:
             window = meter.window(iteration)
-            rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
-            run_log.scalars(window | rates, iteration)
-            bar.set_postfix_str(f"loss {window['loss_lb'] + window.get('loss_ub', 0.0):.3f}")
+        if logs:
+            window |= {f"lr_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
+            run_log.scalars(window, iteration)
             bar.clear()
-            log.info(
-                "epoch %d, iteration %d/%d: %s", epoch, step + 1, len(data),
-                ", ".join(f"{name} {value:.5f}" for name, value in (window | rates).items()),
-            )  # fmt: skip
-    _write_scores(run_log, lists, scores, epoch)
+            figures = ", ".join(f"{name} {value:.5f}" for name, value in window.items())
+            log.info("epoch %d, iteration %d/%d: %s", epoch, step + 1, length, figures)
+    _write_scores(run_log, run.lists.unlabeled, scores, epoch)
     return meter.means()
 
 
-class Meter:
-    """Scalars of an epoch, read from the device only when a window of them is asked for."""
-
-    def __init__(self) -> None:
-        self.waiting: list[dict[str, Tensor]] = []
-        self.read: list[dict[str, float]] = []
-
-    def add(self, scalars: dict[str, Tensor]) -> None:
-        self.waiting.append(scalars)
-
-    def window(self, iteration: int) -> dict[str, float]:
-        """Means over the steps since the last call, over all ranks. ``iteration``: that of the last step.
-
-        Raises:
-            NonFiniteLoss: at the first step of the window with a scalar that is not finite.
-        """
-        names = list(self.waiting[0])
-        values = torch.stack([torch.stack([step[name].float() for name in names]) for step in self.waiting])
-        first = iteration + 1 - len(values)
-        for offset, step in enumerate(values.tolist()):
-            bad = [f"{name} = {value}" for name, value in zip(names, step) if not math.isfinite(value)]
-            if bad:
-                every = ", ".join(f"{name} = {value:.5g}" for name, value in zip(names, step))
-                raise NonFiniteLoss(
-                    f"iteration {first + offset}: {' and '.join(bad)} (all: {every}). The last checkpoint is from "
-                    "before; a lower trainer.optimizer.kwargs.lr, or a look at the data, may help."
-                )
-        mean = distributed.sum_over_ranks(values.mean(0)) / distributed.world_size()
-        self.read += [dict(zip(names, mean.tolist()))] * len(values)
-        self.waiting.clear()
-        return dict(zip(names, mean.tolist()))
-
-    def means(self) -> dict[str, float]:
-        """Means over the epoch."""
-        return {name: sum(step[name] for step in self.read) / len(self.read) for name in self.read[0]}
-
-
-class Evaluation:
-    """Everything an evaluation of a configuration's validation images needs."""
-
-    def __init__(self, config: Config, lists: Lists, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.catalog = CATALOGS[config.dataset.type]
-        self.normalise = Normalise(config.dataset.mean, config.dataset.std, device)
-        self.loader = evaluation_loader(config, lists.val, distributed.rank(), distributed.world_size())
-
-    def __call__(self, networks: dict[str, nn.Module]) -> dict[str, ConfusionMatrix]:
-        return evaluate(
-            networks,
-            self.loader,
-            self.normalise,
-            num_classes=self.config.net.num_classes,
-            crop=self.config.dataset.val.crop.size,
-            ignore_index=self.config.dataset.ignore_label,
-            device=self.device,
-        )
-
-    def report(
-        self, matrices: dict[str, ConfusionMatrix], networks: dict[str, nn.Module], run_log: RunLog, iteration: int
-    ) -> None:
-        """The table of each network, the pictures, and where everything lies."""
-        if not distributed.is_main():
-            return
-        name, matrix = next(iter(matrices.items()))
-        log.info("%s after the last epoch, in percent:\n%s", name, format_table(matrix, self.catalog.class_names))
-        sheet = prediction_sheet(
-            networks,
-            self.loader.dataset,
-            self.normalise,
-            crop=self.config.dataset.val.crop.size,
-            class_names=self.catalog.class_names,
-            palette=self.catalog.palette,
-            device=self.device,
-        )
-        path = self.config.log_dir / "predictions.png"
-        sheet.save(path)
-        run_log.image("predictions", TF.pil_to_tensor(sheet), iteration)
-        log.info("pictures:     %s", path)
-        log.info("checkpoints:  %s, %s", self.config.snapshot_dir / checkpoint.BEST, checkpoint.LAST)
-        log.info("curves:       %s, %s", self.config.log_dir / "metrics.csv", self.config.log_dir / "scores.csv")
-        if self.config.saver.use_tb:
-            log.info("TensorBoard:  tensorboard --logdir %s", self.config.log_dir / "tensorboard")
-
-
-def _note_results(
-    standing: Standing, matrices: dict[str, ConfusionMatrix], epoch: int
-) -> tuple[dict[str, float], bool]:
-    """The columns of an evaluation, and whether it is the best so far; ``standing`` keeps the best."""
+def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) -> tuple[dict[str, float], bool]:
+    """The columns of an evaluation, and whether it is the best so far; the run keeps the best."""
     results = {name: 100 * matrix.miou for name, matrix in matrices.items()}
     selecting = next(iter(results))
-    best = standing.best or dict.fromkeys(results, -1.0)
-    improved = results[selecting] > best[selecting]
-    standing.best = {name: max(best[name], results[name]) for name in results}
-    log.info(
-        "epoch %d: %s", epoch,
-        ", ".join(f"{name} mIoU {value:.2f} (best {standing.best[name]:.2f})" for name, value in results.items()),
-    )  # fmt: skip
-    columns = {"miou_stu": results["student"], "best": standing.best[selecting], "best-stu": standing.best["student"]}
+    before = run.best or dict.fromkeys(results, -1.0)
+    run.best = {name: max(before[name], results[name]) for name in results}
+    figures = (f"{name} mIoU {value:.2f} (best {run.best[name]:.2f})" for name, value in results.items())
+    log.info("epoch %d: %s", epoch, ", ".join(figures))
+    columns = {"miou_stu": results["student"], "best": run.best[selecting], "best-stu": run.best["student"]}
     if "teacher" in results:
         columns["miou_tea"] = results["teacher"]
-    return columns, improved
+    return columns, results[selecting] > before[selecting]
 
 
-def _save(
-    method: Method, optimizer: torch.optim.Optimizer, config: Config, standing: Standing, seed: int, improved: bool
-) -> None:
+def _report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation, run_log: RunLog) -> None:
+    """The table of the selecting network, a picture, and where everything lies."""
+    config, catalog = run.config, evaluation.catalog
+    name, matrix = next(iter(matrices.items()))
+    log.info("%s after the last epoch, in percent:\n%s", name, format_table(matrix, catalog.class_names))
+    sheet = prediction_sheet(
+        run.method.networks(),
+        evaluation.loader.dataset,
+        evaluation.normalise,
+        crop=config.dataset.val.crop.size,
+        class_names=catalog.class_names,
+        palette=catalog.palette,
+        device=run.device,
+    )
+    sheet.save(config.log_dir / "predictions.png")
+    run_log.image("predictions", TF.pil_to_tensor(sheet), run.epoch * len(run.data))
+    log.info("pictures:     %s", config.log_dir / "predictions.png")
+    log.info("checkpoints:  %s, %s", config.snapshot_dir / checkpoint.BEST, checkpoint.LAST)
+    log.info("curves:       %s, scores.csv", config.log_dir / "metrics.csv")
+    if config.saver.use_tb:
+        log.info("TensorBoard:  tensorboard --logdir %s", config.log_dir / "tensorboard")
+
+
+def _save(run: Run, improved: bool) -> None:
     state = {
-        "epoch": standing.epoch,
-        **checkpoint.network_states(method.networks()),
-        "optimizer_state": optimizer.state_dict(),
-        "best_miou": standing.best and next(iter(standing.best.values())),
-        "best": standing.best,
-        "seed": seed,
-        "config": config.to_dict(),
+        "epoch": run.epoch,
+        **checkpoint.network_states(run.method.networks()),
+        "optimizer_state": run.optimizer.state_dict(),
+        "best_miou": None if run.best is None else next(iter(run.best.values())),
+        "best": run.best,
+        "seed": run.seed,
+        "config": run.config.to_dict(),
     }
-    checkpoint.save(state, config.snapshot_dir / checkpoint.LAST)
-    if improved:
-        checkpoint.save(state, config.snapshot_dir / checkpoint.BEST)
+    if improved:  # first: a run that is cut off in between repeats the epoch
+        checkpoint.save(state, run.config.snapshot_dir / checkpoint.BEST)
+    checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST)
 
 
-def _resume(method: Method, optimizer: torch.optim.Optimizer, config: Config, seed: int) -> Standing:
+def _resume(run: Run) -> None:
     """Continue from the last checkpoint, if there is one and the configuration wants it."""
-    path = config.snapshot_dir / checkpoint.LAST
+    path = run.config.snapshot_dir / checkpoint.LAST
     if not path.is_file():
-        return Standing()
-    if not config.saver.auto_resume:
+        return
+    if not run.config.saver.auto_resume:
         raise UserError(
             f"{path}: an earlier run has left its checkpoint here. Continue it with saver.auto_resume: true, or name "
             "another saver.snapshot_dir"
         )
     state = checkpoint.read(path)
-    if state.get("seed") != seed:
+    if state.get("seed") != run.seed:
         raise UserError(
-            f"{path}: that run had the seed {state.get('seed')}, this one has {seed}. Continue it with its own seed, "
-            "or name another saver.snapshot_dir"
+            f"{path}: that run had the seed {state.get('seed')}, this one has {run.seed}. Continue it with its own "
+            "seed, or name another saver.snapshot_dir"
         )
-    for name, network in method.networks().items():
+    for name, network in run.method.networks().items():
         checkpoint.load_network(network, name, state, path)
-    optimizer.load_state_dict(state["optimizer_state"])
-    log.info("resumed after epoch %d from %s", state["epoch"] - 1, path)
-    return Standing(state["epoch"], state["best"])
+    run.optimizer.load_state_dict(state["optimizer_state"])
+    run.epoch, run.best = state["epoch"], state["best"]
+    log.info("resumed after epoch %d from %s", run.epoch - 1, path)
 
 
 def _to_device(tensors: dict[str, Tensor], normalise: Normalise, device: torch.device) -> Batch:
@@ -299,7 +225,7 @@ def _generator(seed: int, iteration: int) -> torch.Generator:
     return torch.Generator().manual_seed(words % 2**63)
 
 
-def _write_scores(run_log: RunLog, lists: Lists, scores: list[tuple[Tensor, Tensor]], epoch: int) -> None:
+def _write_scores(run_log: RunLog, names: list[str], scores: list[tuple[Tensor, Tensor]], epoch: int) -> None:
     """The last score of each unlabeled image in this epoch, from all ranks, in the order of the list."""
     if not scores:
         return
@@ -307,4 +233,4 @@ def _write_scores(run_log: RunLog, lists: Lists, scores: list[tuple[Tensor, Tens
     gathered: dict[int, float] = {}
     for pairs in distributed.gather(list(zip(index, score))):
         gathered.update(pairs)
-    run_log.scores((epoch, lists.unlabeled[number], gathered[number]) for number in sorted(gathered))
+    run_log.scores((epoch, names[number], gathered[number]) for number in sorted(gathered))
