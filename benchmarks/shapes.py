@@ -28,7 +28,7 @@ from imas.data.loaders import read_lists
 
 ROOT = Path(__file__).parents[1]
 IMAS, SUP = ROOT / "exps/shapes_imas/config.yaml", ROOT / "exps/shapes_sup/config.yaml"
-RATES = (0.05, 0.1, 0.2, 0.4)
+RATES = (0.1, 0.2, 0.4)
 
 
 def run(folder: Path, base: Path, seed: int, overrides: list[str]) -> dict[str, float]:

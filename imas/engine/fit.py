@@ -207,7 +207,9 @@ def _resume(run: Run) -> None:
         )
     for name, network in run.method.networks().items():
         checkpoint.load_network(network, name, state, path)
-    run.optimizer.load_state_dict(state["optimizer_state"])
+    # Momentum from the checkpoint, rates from the configuration.
+    own = run.optimizer.state_dict()
+    run.optimizer.load_state_dict(own | {"state": state["optimizer_state"]["state"]})
     run.epoch, run.best = state["epoch"], state["best"]
     log.info("resumed after epoch %d from %s", run.epoch - 1, path)
 
