@@ -22,7 +22,7 @@ from imas.engine import checkpoint
 from imas.engine.evaluate import Evaluation, format_table
 from imas.engine.log import start_logging
 from imas.ops.metrics import ConfusionMatrix
-from imas.strict import run_script
+from imas.strict import UserError, run_script
 
 log = logging.getLogger("imas")
 
@@ -42,8 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Check everything that can be checked, then evaluate."""
     options = parse(arguments)
     config = load_config(options.config, options.set)
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
     start_logging()
-    lists = check_data(config, training=False) if distributed.is_main() else read_lists(config)
+    lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
     state = checkpoint.read(options.checkpoint)
     name = options.network or ("teacher" if state.get("teacher_state") else "student")
     encoder = dataclasses.replace(config.net.encoder, pretrain=None)

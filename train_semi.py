@@ -22,7 +22,7 @@ from imas.data.check import check_data
 from imas.data.loaders import read_lists
 from imas.engine.fit import fit
 from imas.engine.log import start_logging
-from imas.strict import run_script
+from imas.strict import UserError, run_script
 
 log = logging.getLogger("imas")
 
@@ -47,6 +47,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Check everything that can be checked, then train."""
     options = parse(arguments)
+    if options.seed < 0:
+        raise UserError(f"--seed {options.seed}: expected 0 or more")
     config = load_config(options.config, options.set)
     start_logging()
     lists = check_data(config) if distributed.is_main() else read_lists(config)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imas import ConfusionMatrix, build_model, ohem_cross_entropy, poly_lr
+from imas.build import METHODS
 from imas.config import HardnessAware, Unsupervised
 from imas.methods.base import Batch, Method, Progress, Step
 from imas.methods.imas import IMAS
@@ -272,6 +273,10 @@ CONTRACT = {
     "imas": lambda: _method(NET | {"aux_loss": {}}, HardnessAware(blend=True), use_cutmix=True),
     "sup_only": lambda: SupOnly(build_model(NET | {"aux_loss": {}}), cross_entropy, 0.4).train(),
 }
+
+
+def test_every_method_is_under_contract() -> None:
+    assert CONTRACT.keys() == METHODS.keys()
 
 
 @pytest.mark.parametrize("make", CONTRACT.values(), ids=CONTRACT)

@@ -22,7 +22,7 @@ def check_data(config: Config, training: bool = True) -> Lists:
     Raises:
         UserError: lists or files that are missing, masks with values that are no class.
     """
-    lists = read_lists(config)
+    lists = read_lists(config, training)
     wanted = [(val_root(config), lists.val, True)]
     if training:
         root = config.dataset.train.data_root

@@ -28,32 +28,33 @@ _SHAPES_VAL = 1_000_000  # validation images of the embedded set are numbered fr
 
 @dataclass(frozen=True)
 class Lists:
-    """Names of the images of a run."""
+    """Names of the images of a run. Only the embedded set does without list files."""
 
     labeled: list[str]
     unlabeled: list[str]  # empty for sup_only
     val: list[str]
 
 
-def read_lists(config: Config) -> Lists:
-    """The lists that a configuration names, or those of the embedded set where it names none."""
+def read_lists(config: Config, training: bool = True) -> Lists:
+    """The lists that a configuration names, or those of the embedded set where it names none.
+
+    Args:
+        training: False reads the validation list alone.
+    """
     train, val, shapes = config.dataset.train, config.dataset.val, config.dataset.shapes
-    embedded = config.dataset.type == "shapes"
-    if train.data_list is None and embedded:
-        labeled = shapes_names(0, shapes.labeled)
+    names = shapes_names(_SHAPES_VAL, shapes.val) if val.data_list is None else read_list(val.data_list)
+    if not training:
+        return Lists([], [], names)
+    labeled = shapes_names(0, shapes.labeled) if train.data_list is None else read_list(train.data_list)
+    if config.trainer.unsupervised is None:
+        unlabeled = []
+    elif train.unlabeled_list is not None:
+        unlabeled = read_list(train.unlabeled_list)
+    elif train.data_list is None:
+        unlabeled = shapes_names(shapes.labeled, shapes.unlabeled)
     else:
-        labeled = read_list(train.data_list)
-    unlabeled: list[str] = []
-    if config.trainer.unsupervised is not None:
-        if train.unlabeled_list is not None:
-            unlabeled = read_list(train.unlabeled_list)
-        elif train.data_list is None and embedded:
-            unlabeled = shapes_names(shapes.labeled, shapes.unlabeled)
-        else:
-            unlabeled = read_list(_beside(train))
-    return Lists(
-        labeled, unlabeled, shapes_names(_SHAPES_VAL, shapes.val) if val.data_list is None else read_list(val.data_list)
-    )
+        unlabeled = read_list(_beside(train))
+    return Lists(labeled, unlabeled, names)
 
 
 def _beside(train: TrainData) -> Path:

@@ -71,7 +71,7 @@ def fit(method: Method, config: Config, lists: Lists, *, seed: int, device: torc
 
     bar = tqdm(
         total=epochs * len(data), initial=run.epoch * len(data), unit="it", leave=False, dynamic_ncols=True,
-        disable=not distributed.is_main(),
+        mininterval=1.0, disable=not distributed.is_main(),
     )  # fmt: skip
     matrices: dict[str, ConfusionMatrix] = {}
     for epoch in range(run.epoch, epochs):
