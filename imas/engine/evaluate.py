@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,17 @@ def predict_sliding(model: nn.Module, images: Tensor, crop: int) -> Tensor:
     return total
 
 
+@contextmanager
+def evaluating(networks: dict[str, nn.Module]) -> Iterator[None]:
+    """Networks in eval mode, and back in the mode that they were in."""
+    modes = {name: network.training for name, network in networks.items()}
+    for network in networks.values():
+        network.eval()
+    yield
+    for name, network in networks.items():
+        network.train(modes[name])
+
+
 @torch.no_grad()
 def evaluate(
     networks: dict[str, nn.Module],
@@ -59,18 +71,15 @@ def evaluate(
         loader: this rank's images, of ``evaluation_loader``.
         normalise: uint8 images → network input.
     """
-    modes = {name: network.training for name, network in networks.items()}
     matrices = {name: ConfusionMatrix(num_classes, ignore_index, device) for name in networks}
-    for network in networks.values():
-        network.eval()
-    for images, labels in evaluation_batches(loader):
-        images = normalise(images.to(device))
-        labels = labels.to(device)
-        for name, network in networks.items():
-            matrices[name].update(predict_sliding(network, images, crop).argmax(dim=1), labels)
-    for name, network in networks.items():
-        network.train(modes[name])
-        distributed.sum_over_ranks(matrices[name].counts)
+    with evaluating(networks):
+        for images, labels in evaluation_batches(loader):
+            images = normalise(images.to(device))
+            labels = labels.to(device)
+            for name, network in networks.items():
+                matrices[name].update(predict_sliding(network, images, crop).argmax(dim=1), labels)
+    for matrix in matrices.values():
+        distributed.sum_over_ranks(matrix.counts)
     return matrices
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
-from .evaluate import predict_sliding
+from .evaluate import evaluating, predict_sliding
 
 _TILE = 256  # longest side of a tile, in pixels
 _GAP = 4
@@ -37,17 +37,14 @@ def prediction_sheet(
         dataset: an ``EvaluationSet``.
     """
     rows = []
-    modes = {name: network.training for name, network in networks.items()}
-    for index in range(min(count, len(dataset))):
-        image, label = dataset[index]
-        tiles = [TF.to_pil_image(image), _coloured(label, palette)]
-        batch = normalise(image.unsqueeze(0).to(device))
-        for network in networks.values():
-            network.eval()
-            tiles.append(_coloured(predict_sliding(network, batch, crop).argmax(dim=1)[0].cpu(), palette))
-        rows.append([_fitted(tile) for tile in tiles])
-    for name, network in networks.items():
-        network.train(modes[name])
+    with evaluating(networks):
+        for index in range(min(count, len(dataset))):
+            image, label = dataset[index]
+            tiles = [TF.to_pil_image(image), _coloured(label, palette)]
+            batch = normalise(image.unsqueeze(0).to(device))
+            for network in networks.values():
+                tiles.append(_coloured(predict_sliding(network, batch, crop).argmax(dim=1)[0].cpu(), palette))
+            rows.append([_fitted(tile) for tile in tiles])
     return _sheet(["image", "truth", *networks], rows, class_names, palette)
 
 
