@@ -7,7 +7,6 @@ torchrun --standalone --nproc_per_node=4 eval.py --config ... --checkpoint ... -
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import math
@@ -48,8 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
     state = checkpoint.read(options.checkpoint)
     name = options.network or ("teacher" if state.get("teacher_state") else "student")
-    encoder = dataclasses.replace(config.net.encoder, pretrain=None)
-    network = build_model(dataclasses.replace(config.net, encoder=encoder))
+    network = build_model(config.net, pretrained=False)
     checkpoint.load_network(network, name, state, options.checkpoint)
     with distributed.process_group() as device:
         evaluation = Evaluation(config, lists, device)

@@ -11,18 +11,25 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
 
 import torch
+import yaml
 
 from imas import distributed
 from imas.build import build_method
 from imas.config import load_config
 from imas.data.check import check_data
-from imas.data.loaders import read_lists
+from imas.data.loaders import Lists, TrainingData, read_lists
+from imas.engine import checkpoint
 from imas.engine.fit import fit
 from imas.engine.log import start_logging
-from imas.strict import UserError, run_script
+from imas.engine.memory import estimate_step
+from imas.engine.optim import explain_batch
+from imas.methods.base import Method
+from imas.schema import Config
+from imas.strict import Together, UserError, run_script
 
 log = logging.getLogger("imas")
 
@@ -39,6 +46,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="override a dotted key, for example trainer.epochs=2",
     )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|never|FILE",
+        help="go on from the last checkpoint if there is one, never, or from this file (default: saver.auto_resume)",
+    )
+    parser.add_argument("--check", action="store_true", help="look at everything, print the resolved recipe, and stop")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="CUDA kernels that repeat bitwise where there are such; slower"
+    )
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)  # old launchers pass these; torchrun knows better
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -51,14 +67,69 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--seed {options.seed}: expected 0 or more")
     config = load_config(options.config, options.set)
     start_logging()
-    lists = check_data(config) if distributed.is_main() else read_lists(config)
+    if options.deterministic:
+        repeat_bitwise()
+    torch.manual_seed(options.seed)
+    lists, method, continued = prepare(config, options.resume)
+    if options.check:
+        report(config, lists, options.seed)
+        return
     with distributed.process_group() as device:
-        torch.manual_seed(options.seed)
-        method = build_method(config).to(device)
+        method.to(device)
         start_logging(config.log_dir)
-        for line in config.translated:
-            log.info("translated: %s", line)
-        fit(method, config, lists, seed=options.seed, device=device)
+        remark(config, distributed.world_size())
+        fit(method, config, lists, seed=options.seed, device=device, continued=continued)
+
+
+def prepare(config: Config, resume: str | None) -> tuple[Lists, Method, Path | None]:
+    """Lists, the method with the weights to start with, and the checkpoint to go on from, if any.
+
+    Raises:
+        UserError: everything that is wrong with data, weights and checkpoints, before a folder is made.
+    """
+    together = Together()
+    resume = resume or ("auto" if config.saver.auto_resume else "never")
+    continued = together(checkpoint.to_continue, config.snapshot_dir, resume)
+    lists = together(check_data if distributed.is_main() else read_lists, config)
+    start = None if continued is not None else config.trainer.start_from
+    method = together(build_method, config, continued is None and start is None)
+    if method is not None and start is not None:
+        together(checkpoint.start_from, method.networks(), start)
+    together.finish()
+    return lists, method, continued
+
+
+def remark(config: Config, world: int) -> None:
+    """Say what was translated from the published schema, and what differs from the recipe's batch."""
+    if config.translated:
+        log.info("translated: %s", "; ".join(config.translated))
+    for line in explain_batch(config, world):
+        log.warning(line)
+
+
+def report(config: Config, lists: Lists, seed: int) -> None:
+    """What ``--check`` prints: the resolved recipe, iterations, what differs from the reference, memory."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    data = TrainingData(config, lists, seed, distributed.rank(), world)
+    memory = estimate_step(config, lambda largest: build_method(largest, pretrained=False))
+    if not distributed.is_main():
+        return
+    log.info("the resolved recipe of %s:\n%s", config.path, yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())
+    remark(config, world)
+    log.info(
+        "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations on %d process(es)",
+        len(lists.labeled), len(lists.unlabeled), len(lists.val), config.trainer.epochs, len(data), world,
+    )  # fmt: skip
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory._asdict().items())
+    log.info("memory of a float32 step, estimated: %s MiB a process (%s)", f"{memory.total / 2**20:,.0f}", parts)
+    log.info("checked: nothing is wrong, and nothing was written")
+
+
+def repeat_bitwise() -> None:
+    """Ask PyTorch for kernels that give the same bits every time; it warns of those that it does not have."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """iMAS: instance-specific and model-adaptive supervision for semi-supervised semantic segmentation (CVPR 2023)."""
 
 from .build import build_model
-from .config import Config, load_config
+from .config import load_config
 from .engine.evaluate import predict_sliding
 from .engine.optim import poly_lr
 from .models.ema import teacher_decay
@@ -9,6 +9,7 @@ from .ops.hardness import Hardness, hardness_scores
 from .ops.losses import consistency_loss, ohem_cross_entropy
 from .ops.metrics import ConfusionMatrix
 from .ops.mixing import adaptive_blend, cutmix_partners
+from .schema import Config
 
 __all__ = [
     "Config",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from .config import Config, Net, read_net
+from .config import read_net
 from .methods.base import Criterion, Method
 from .methods.imas import IMAS
 from .methods.sup_only import SupOnly
@@ -14,15 +15,16 @@ from .models.deeplabv3plus import DeepLabV3Plus
 from .models.pretrained import load_encoder
 from .models.resnet import ResNet
 from .ops.losses import cross_entropy, ohem_cross_entropy
+from .schema import Config, Net
 from .strict import UserError
 
 
-def build_model(net: Net | Mapping[str, Any]) -> DeepLabV3Plus:
+def build_model(net: Net | Mapping[str, Any], pretrained: bool = True) -> DeepLabV3Plus:
     """The network of a ``net`` section: ``forward(images) -> (logits, aux_logits | None)``.
 
     Args:
-        net: ``Config.net``, or a plain dict in the schema of the published experiments. ``encoder.pretrain`` is
-            loaded where it is given.
+        net: ``Config.net``, or a plain dict in the schema of the published experiments.
+        pretrained: load ``encoder.pretrain`` where it is given; False for a network whose weights come from elsewhere.
 
     Raises:
         ConfigError: a dict with mistakes. UserError: a weight file that does not fit.
@@ -38,9 +40,14 @@ def build_model(net: Net | Mapping[str, Any]) -> DeepLabV3Plus:
         deep_stem=kwargs.deep_stem,
         width=kwargs.width,
     )
-    if net.encoder.pretrain is not None:
+    if pretrained and net.encoder.pretrain is not None:
         try:
             load_encoder(encoder, net.encoder.pretrain)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"net.encoder.pretrain: {error} (looked in {Path.cwd()}). pretrained/README.md says where to get it; "
+                "to start from random weights instead, say so: --set net.encoder.pretrain=null"
+            ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"net.encoder.pretrain: {error}") from None
     decoder = net.decoder.kwargs
@@ -54,18 +61,18 @@ def build_model(net: Net | Mapping[str, Any]) -> DeepLabV3Plus:
     )
 
 
-def build_method(config: Config) -> Method:
-    """The method of a configuration, around a student with fresh (or ImageNet) weights."""
-    return METHODS[config.method](config)
+def build_method(config: Config, pretrained: bool = True) -> Method:
+    """The method of a configuration, around a student with ImageNet weights, or random ones if not ``pretrained``."""
+    return METHODS[config.method](config, build_model(config.net, pretrained))
 
 
-def _build_sup_only(config: Config) -> SupOnly:
-    return SupOnly(build_model(config.net), _criterion(config), _aux_weight(config))
+def _build_sup_only(config: Config, student: DeepLabV3Plus) -> SupOnly:
+    return SupOnly(student, _criterion(config), _aux_weight(config))
 
 
-def _build_imas(config: Config) -> IMAS:
+def _build_imas(config: Config, student: DeepLabV3Plus) -> IMAS:
     return IMAS(
-        build_model(config.net),
+        student,
         _criterion(config),
         _aux_weight(config),
         unsupervised=config.trainer.unsupervised,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+log = logging.getLogger("imas")
 
 
 @contextmanager
@@ -52,11 +55,20 @@ def wrap(module: nn.Module, device: torch.device, sync_bn: bool) -> nn.Module:
 
     ``sync_bn`` needs several CUDA processes, too; elsewhere BatchNorm stays plain.
     """
+    if sync_bn and (world_size() == 1 or device.type != "cuda"):
+        log.info("net.sync_bn: plain BatchNorm, since it needs several CUDA processes")
     if world_size() == 1:
         return module
     if sync_bn and device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     return nn.parallel.DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def gradients_shared(wrapped: nn.Module, share: bool) -> AbstractContextManager:
+    """Whether a backward pass inside shares its gradients with the other ranks; accumulation shares the last alone."""
+    if share or not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    return wrapped.no_sync()
 
 
 def same_buffers(module: nn.Module) -> None:

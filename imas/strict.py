@@ -35,6 +35,27 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(error.status)
 
 
+class Together:
+    """Several checks whose mistakes come as one ``UserError``: ``together(check, argument)`` gives what ``check`` does,
+    or None where it failed.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def __call__(self, check: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except UserError as error:
+            self.errors.append(str(error))
+            return None
+
+    def finish(self) -> None:
+        """Raise what was found, if anything."""
+        if self.errors:
+            raise UserError("\n".join(self.errors))
+
+
 class ConfigError(UserError, ValueError):
     """Everything that is wrong with a configuration, one line each."""
 
@@ -78,8 +99,14 @@ class Reader:
     def __init__(self, source: str) -> None:
         self.source = source
         self.lines: dict[str, int] = {}
+        self.overrides: set[str] = set()  # dotted keys that win over the file
         self.errors: dict[str, str] = {}  # by dotted key
         self.translated: list[str] = []
+
+    def override(self, key: str) -> None:
+        """From now on this key's value is none of the source's."""
+        self.overrides.add(key)
+        self.lines.pop(key, None)
 
     def error(self, key: str, message: str, line: int | None = None) -> None:
         """Note what is wrong with a key, unless something is known to be wrong with it already."""
@@ -111,7 +138,10 @@ class Reader:
             field = fields.get(key)
             if field is None and key in former:
                 field = former[key]
-                if field.name in raw:
+                today = f"{path}.{field.name}" if path else field.name
+                if today in self.overrides:
+                    continue
+                if field.name in raw and here not in self.overrides:
                     self.error(here, f"this is the former name of {field.name}, which is set as well: keep one")
                     continue
                 if field.metadata["old_value"] is not None:

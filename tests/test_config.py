@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from imas.config import Config, load_config, read_net
+from imas.config import load_config, read_net
+from imas.schema import Config
 from imas.strict import ConfigError
 
 # Every key of the published schema, with values that differ from the defaults where they can.
@@ -110,7 +111,7 @@ OLD_PASCAL_TODAY = {
         "train": {
             "data_root": "./data/VOC2012",
             "data_list": "./data/splits/pascal/662/labeled.txt",
-            "unlabeled_list": None,
+            "unlabeled_list": "data/splits/pascal/662/unlabeled.txt",
             "batch_size": 4,
             "epoch_size": None,
             "flip": True,
@@ -146,6 +147,10 @@ OLD_PASCAL_TODAY = {
         "epochs": 80,
         "sup_only_epoch": 1,
         "eval_every": 1,
+        "accumulate": 1,
+        "reference_batch": None,
+        "scale_lr": False,
+        "start_from": None,
         "optimizer": {
             "type": "SGD",
             "head_lr_times": 10.0,
@@ -163,7 +168,7 @@ OLD_PASCAL_TODAY = {
         },
     },
     "saver": {"snapshot_dir": "ckpts", "use_tb": False, "auto_resume": True},
-    "criterion": {"type": "ce", "kwargs": {"thresh": 0.7, "min_kept": 100_000}},
+    "criterion": {"type": "ce", "kwargs": {"thresh": None, "min_kept": None}},
     "net": {
         "num_classes": 21,
         "sync_bn": True,
@@ -558,6 +563,25 @@ WRONG_VALUES = {
         "dataset.train.crop",
         "missing",
     ),
+    "OHEM's keys on CE": ("old", {"criterion.kwargs.thresh": 0.7}, "criterion.kwargs.thresh", "only ohem"),
+    "OHEM's count on CE": ("old", {"criterion.kwargs.min_kept": 9}, "criterion.kwargs.min_kept", "only ohem"),
+    "auxiliary head without a loss": (
+        "old", {"net.aux_loss.loss_weight": 0}, "net.aux_loss.loss_weight", "a number above 0",
+    ),
+    "auxiliary loss without its head": ("old", {"net.loss_weight": 0.4}, "net.loss_weight", "unknown key"),
+    "crop larger than any image": ("old", {"dataset.train.crop.size": 1001}, "dataset.train.crop.size", "1000 pixels"),
+    "crop larger than a shape": (
+        "shapes", {"dataset.train.crop": {"size": 65}}, "dataset.train.crop.size", "at most 64 pixels",
+    ),
+    "unlabeled list from nowhere": (
+        "old", {"dataset.train.data_list": "lists/some.txt"}, "dataset.train.unlabeled_list", "lists/some.txt",
+    ),
+    "torchvision's weights for a deep stem": (
+        "old", {"net.encoder.pretrain": "torchvision"}, "net.encoder.pretrain", "deep_stem",
+    ),
+    "scaling from nowhere": ("old", {"trainer.scale_lr": True}, "trainer.reference_batch", "missing"),
+    "nothing to accumulate": ("old", {"trainer.accumulate": 0}, "trainer.accumulate", "at least 1"),
+    "start from a number": ("old", {"trainer.start_from": 3}, "trainer.start_from", "a text or null"),
     "ignored class": ("old", {"dataset.ignore_label": 0}, "dataset.ignore_label", "one of the 21 classes"),
     "score without unlabeled images": (
         "sup_only", {"dataset.train.hardness_aware": {}}, "dataset.train.hardness_aware", "trainer.unsupervised",

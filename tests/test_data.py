@@ -15,7 +15,7 @@ import yaml
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision import transforms
 
-from imas.config import Config, load_config
+from imas.config import load_config
 from imas.data import strong
 from imas.data.catalog import CITYSCAPES, PASCAL
 from imas.data.check import check_data
@@ -25,6 +25,7 @@ from imas.data.normalise import Normalise
 from imas.data.source import FileSource
 from imas.data.strong import OPERATIONS, strong_view
 from imas.data.weak import resized_size, weak_view
+from imas.schema import Config
 from imas.strict import UserError
 
 CITY_NAME = "leftImg8bit/train/hamburg/hamburg_000000_080169_leftImg8bit.png"
@@ -130,6 +131,11 @@ def _chi_square(counts: Counter, kinds: int) -> float:
     return sum((count - expected) ** 2 for count in counts.values()) / expected + (kinds - len(counts)) * expected
 
 
+def _batches(data: TrainingData, epoch: int, unlabeled: bool) -> list[dict]:
+    """The batches of an epoch, whichever update they belong to."""
+    return [batch for update in data.epoch(epoch, unlabeled) for batch in update]
+
+
 # Reading
 
 
@@ -187,7 +193,7 @@ def test_unlabeled_images_need_no_mask(tmp_path: Path) -> None:
     config = _pascal_config(tmp_path)
     lists = check_data(config)
     assert (len(lists.labeled), len(lists.unlabeled), len(lists.val)) == (2, 4, 2)
-    batches = list(TrainingData(config, lists, seed=0, rank=0, world=1).epoch(0, unlabeled=True))
+    batches = _batches(TrainingData(config, lists, seed=0, rank=0, world=1), 0, True)
     assert len(batches) == 2
     for batch in batches:
         assert {key: tuple(value.shape) for key, value in batch.items()} == {
@@ -207,7 +213,7 @@ def test_without_unlabeled_no_unlabeled_image_is_read(tmp_path: Path) -> None:
     data = TrainingData(config, read_lists(config), seed=0, rank=0, world=1)
     for name in read_list(tmp_path / "unlabeled.txt"):
         (tmp_path / "JPEGImages" / f"{name}.jpg").unlink()
-    batches = list(data.epoch(0, unlabeled=False))
+    batches = _batches(data, 0, False)
     assert [set(batch) for batch in batches] == [{"images", "labels"}] * 2
 
 
@@ -722,7 +728,7 @@ def test_sup_only_of_a_config_keeps_the_short_batch_on_pascal(tmp_path: Path) ->
     _pascal_tree(tmp_path, labeled=5, val=1)
     config = _pascal_config(tmp_path, "trainer.unsupervised=null", "dataset.train.batch_size=3")
     data = TrainingData(config, read_lists(config), seed=0, rank=0, world=1)
-    assert [len(batch["images"]) for batch in data.epoch(0, unlabeled=False)] == [3, 2]
+    assert [len(batch["images"]) for batch in _batches(data, 0, False)] == [3, 2]
     assert sorted(draw.index for draws in data.labeled_sampler for draw in draws) == [0, 1, 2, 3, 4]
 
 
@@ -817,7 +823,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     def epochs(workers: int, rank: int = 0) -> list[list[dict]]:
         config = _shapes_config(tmp_path, f"dataset.workers={workers}")
         data = TrainingData(config, read_lists(config), seed=4, rank=rank, world=2)
-        return [list(data.epoch(number, unlabeled=True)) for number in range(2)]
+        return [_batches(data, number, True) for number in range(2)]
 
     alone, with_workers = epochs(0), epochs(2)
     assert [len(batches) for batches in alone] == [2, 2]
@@ -831,8 +837,8 @@ def test_an_epoch_read_alone_equals_the_same_epoch_of_a_whole_run(tmp_path: Path
     """What a resumed run reads, also where the run began with epochs of labeled images alone."""
     config = _shapes_config(tmp_path)
     straight, resumed = (TrainingData(config, read_lists(config), seed=4, rank=0, world=1) for _ in range(2))
-    list(straight.epoch(0, unlabeled=False))
-    assert _equal(list(straight.epoch(1, unlabeled=True)), list(resumed.epoch(1, unlabeled=True)))
+    _batches(straight, 0, False)
+    assert _equal(_batches(straight, 1, True), _batches(resumed, 1, True))
 
 
 def test_epoch_size_sets_the_iterations(tmp_path: Path) -> None:
@@ -840,13 +846,34 @@ def test_epoch_size_sets_the_iterations(tmp_path: Path) -> None:
     for size, iterations in ((20, 10), (4, 2)):
         config = _shapes_config(tmp_path, f"dataset.train.epoch_size={size}")
         data = TrainingData(config, read_lists(config), seed=0, rank=0, world=1)
-        assert len(data) == len(list(data.epoch(0, unlabeled=True))) == iterations
+        assert len(data) == len(_batches(data, 0, True)) == iterations
+
+
+def test_accumulated_batches_are_those_of_a_run_without(tmp_path: Path) -> None:
+    """Nine images in batches of two, two an update: the first four batches, as two updates."""
+    one, two = (_shapes_config(tmp_path, f"trainer.accumulate={count}") for count in (1, 2))
+    data = TrainingData(two, read_lists(two), seed=4, rank=0, world=1)
+    updates = list(data.epoch(0, True))
+    assert len(data) == len(updates) == 2 and [len(update) for update in updates] == [2, 2]
+    alone = TrainingData(one, read_lists(one), seed=4, rank=0, world=1)
+    assert _equal(_batches(data, 0, True), _batches(alone, 0, True))
+
+
+def test_sup_only_keeps_a_short_last_update_on_pascal(tmp_path: Path) -> None:
+    """Eight images in batches of two, three batches an update: the last update has one."""
+    _pascal_tree(tmp_path, labeled=8, val=1)
+    config = _pascal_config(tmp_path, "trainer.unsupervised=null", "trainer.accumulate=3")
+    data = TrainingData(config, read_lists(config), seed=0, rank=0, world=1)
+    assert [len(update) for update in data.epoch(0, False)] == [3, 1] and len(data) == 2
 
 
 def test_too_few_images_for_one_batch_are_explained(tmp_path: Path) -> None:
     config = _shapes_config(tmp_path, "dataset.train.batch_size=4")
     with pytest.raises(UserError, match=r"dataset\.train\.batch_size: 9 images .*over 3 process.* batch of 4"):
         TrainingData(config, read_lists(config), seed=0, rank=0, world=3)
+    config = _shapes_config(tmp_path, "trainer.accumulate=5")
+    with pytest.raises(UserError, match="one batch of 5 batches of 2"):
+        TrainingData(config, read_lists(config), seed=0, rank=0, world=1)
 
 
 # Evaluation, errors, normalisation

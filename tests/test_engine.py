@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from imas import ConfusionMatrix, build_model, poly_lr, predict_sliding
-from imas.config import Optimizer, OptimizerKwargs, Scheduler, SchedulerKwargs
 from imas.data.dataset import EvaluationSet
 from imas.data.loaders import evaluation_batches
 from imas.data.source import ShapesSource, shapes_names
@@ -21,6 +20,7 @@ from imas.engine.log import RunLog
 from imas.engine.meter import Meter, NonFiniteLoss
 from imas.engine.optim import build_optimizer, cosine_lr, learning_rate
 from imas.engine.pictures import prediction_sheet
+from imas.schema import Optimizer, OptimizerKwargs, Scheduler, SchedulerKwargs
 from imas.strict import UserError
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from imas import ConfusionMatrix, build_model, ohem_cross_entropy, poly_lr
 from imas.build import METHODS
-from imas.config import HardnessAware, Unsupervised
 from imas.methods.base import Batch, Method, Progress, Step
 from imas.methods.imas import IMAS
 from imas.methods.sup_only import SupOnly
 from imas.ops import mixing
 from imas.ops.losses import cross_entropy
+from imas.schema import HardnessAware, Unsupervised
 
 NET = {
     "num_classes": 4,

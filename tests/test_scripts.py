@@ -169,7 +169,10 @@ def _pascal(folder: Path, value: int = 1) -> dict:
     ("change", "words"),
     [
         (["trainer.epoch=5", "net.num_classes=three"], ["trainer.epoch: unknown key; did you mean epochs?", "three"]),
-        (["dataset.train.data_list=nowhere.txt"], ["nowhere.txt", "cannot read the list"]),
+        (
+            ["dataset.train.data_list=nowhere/labeled.txt"],
+            ["nowhere/labeled.txt", "nowhere/unlabeled.txt", "cannot read the list"],
+        ),
         (["net.encoder.pretrain=nowhere.pth"], ["net.encoder.pretrain", "nowhere.pth", "no such file"]),
         (["nonsense"], ["nonsense", "dotted.key=value"]),
     ],
@@ -204,6 +207,8 @@ def test_an_earlier_run_is_not_overwritten(experiment: Callable[..., Path]) -> N
     before = (config.parent / "checkpoints" / "ckpt.pth").read_bytes()
     cases = {
         ("--set", "saver.auto_resume=false"): "earlier run",
+        ("--resume", "never"): "earlier run",
+        ("--resume", config.parent / "none.pth"): "none.pth: no such file",
         ("--seed", "9"): "seed 0",
         ("--set", "net.encoder.kwargs.width=8"): "does not fit the network",
     }

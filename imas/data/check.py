@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
-from ..config import Config
+from ..schema import Config
 from ..strict import UserError
 from .loaders import Lists, open_source, read_lists, val_root
 

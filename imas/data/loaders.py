@@ -6,6 +6,7 @@ draw the same, any number of workers draws alike, and a resumed run continues as
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from ..config import Config, TrainData
-from ..strict import UserError
+from ..schema import Config
+from ..strict import Together, UserError
 from .catalog import CATALOGS
 from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, read_list
 from .source import FileSource, ShapesSource, shapes_names
@@ -35,33 +36,37 @@ class Lists:
     val: list[str]
 
 
+def list_paths(config: Config) -> dict[str, Path | None]:
+    """The list files of a configuration, named as the fields of ``Lists``; None for the embedded set's own."""
+    train, val = config.dataset.train, config.dataset.val
+    paths = {"labeled": train.data_list, "unlabeled": train.unlabeled_list, "val": val.data_list}
+    return {name: None if path is None else Path(path) for name, path in paths.items()}
+
+
 def read_lists(config: Config, training: bool = True) -> Lists:
     """The lists that a configuration names, or those of the embedded set where it names none.
 
     Args:
         training: False reads the validation list alone.
+
+    Raises:
+        UserError: every list that cannot be read.
     """
-    train, val, shapes = config.dataset.train, config.dataset.val, config.dataset.shapes
-    names = shapes_names(_SHAPES_VAL, shapes.val) if val.data_list is None else read_list(val.data_list)
-    if not training:
-        return Lists([], [], names)
-    labeled = shapes_names(0, shapes.labeled) if train.data_list is None else read_list(train.data_list)
-    if config.trainer.unsupervised is None:
-        unlabeled = []
-    elif train.unlabeled_list is not None:
-        unlabeled = read_list(train.unlabeled_list)
-    elif train.data_list is None:
-        unlabeled = shapes_names(shapes.labeled, shapes.unlabeled)
-    else:
-        unlabeled = read_list(_beside(train))
-    return Lists(labeled, unlabeled, names)
-
-
-def _beside(train: TrainData) -> Path:
-    path = Path(train.data_list)
-    if "labeled.txt" not in path.name:
-        raise UserError(f"dataset.train.unlabeled_list: missing; it cannot be derived from {path}")
-    return path.with_name(path.name.replace("labeled.txt", "unlabeled.txt"))
+    shapes = config.dataset.shapes
+    embedded = {
+        "labeled": (0, shapes.labeled),
+        "unlabeled": (shapes.labeled, shapes.unlabeled),
+        "val": (_SHAPES_VAL, shapes.val),
+    }
+    lists: dict[str, list[str]] = {"labeled": [], "unlabeled": [], "val": []}
+    wanted = ["val"]
+    if training:
+        wanted += ["labeled"] if config.trainer.unsupervised is None else ["labeled", "unlabeled"]
+    paths, together = list_paths(config), Together()
+    for name in wanted:
+        lists[name] = shapes_names(*embedded[name]) if paths[name] is None else together(read_list, paths[name])
+    together.finish()
+    return Lists(**lists)
 
 
 def open_source(config: Config, root: str | None) -> FileSource | ShapesSource:
@@ -141,8 +146,8 @@ class EpochSampler(Sampler):
 class TrainingData:
     """The loaders of a run.
 
-    ``for batch in data.epoch(number, unlabeled=True)`` gives dicts of CPU tensors, named as the fields of
-    ``methods.base.Batch``, images as uint8.
+    ``for batches in data.epoch(number, unlabeled=True)`` gives, for each update, a list of ``trainer.accumulate`` dicts
+    of CPU tensors, named as the fields of ``methods.base.Batch``, images as uint8.
 
     Args:
         seed: of the run.
@@ -180,18 +185,28 @@ class TrainingData:
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )
             self.unlabeled = _loader(unlabeled, self.unlabeled_sampler, workers)
+        self.accumulate, self.drop_last = config.trainer.accumulate, drop_last
         if not len(self):
+            batch = f"{self.accumulate} batches of {train.batch_size}" if self.accumulate > 1 else f"{train.batch_size}"
             raise UserError(
                 f"dataset.train.batch_size: {size} images an epoch over {world} process(es) do not fill one batch of "
-                f"{train.batch_size}"
+                f"{batch}"
             )
 
     def __len__(self) -> int:
-        """Iterations per epoch: floor(ceil(U / world) / batch) where there are unlabeled images."""
-        return len(self.labeled_sampler)
+        """Iterations, that is updates, per epoch: floor(ceil(U / world) / batch / accumulate) where there are
+        unlabeled images.
+        """
+        whole, rest = divmod(len(self.labeled_sampler), self.accumulate)
+        return whole + (not self.drop_last and rest > 0)
 
-    def epoch(self, number: int, unlabeled: bool) -> Iterator[dict[str, Tensor]]:
-        """Batches of one epoch; without ``unlabeled`` the unlabeled images are not read."""
+    def epoch(self, number: int, unlabeled: bool) -> Iterator[list[dict[str, Tensor]]]:
+        """Batches of one epoch, update by update; without ``unlabeled`` the unlabeled images are not read."""
+        batches = self._batches(number, unlabeled)
+        for _ in range(len(self)):
+            yield list(itertools.islice(batches, self.accumulate))
+
+    def _batches(self, number: int, unlabeled: bool) -> Iterator[dict[str, Tensor]]:
         self.labeled_sampler.epoch = number
         if not unlabeled:
             yield from _clear_errors(self.labeled)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..models.pretrained import load_safely
+from ..models.pretrained import compare_states, describe_misfits, load_safely
 from ..strict import UserError
+
+log = logging.getLogger("imas")
 
 LAST, BEST = "ckpt.pth", "ckpt_best.pth"
 _STATES = {"student": "model_state", "teacher": "teacher_state"}
@@ -59,21 +62,95 @@ def load_network(network: nn.Module, name: str, state: dict[str, Any], path: str
     if state.get(_STATES[name]) is None:
         raise UserError(f"{path}: holds no {name}")
     weights = {key.removeprefix("module."): tensor for key, tensor in state[_STATES[name]].items()}
-    own = network.state_dict()
-    problems = {
-        "missing": [key for key in own if key not in weights],
-        "unexpected": [key for key in weights if key not in own],
-        "of another shape": [
-            f"{key} {tuple(weights[key].shape)}, expected {tuple(own[key].shape)}"
-            for key in own
-            if key in weights and weights[key].shape != own[key].shape
-        ],
-    }
-    if any(problems.values()):
-        lines = [
-            f"  {len(keys)} {what}: {', '.join(keys[:_SHOWN])}{' ...' if len(keys) > _SHOWN else ''}"
-            for what, keys in problems.items()
-            if keys
-        ]
-        raise UserError("\n".join([f"{path}: its {name} does not fit the network of the configuration:", *lines]))
+    misfits = describe_misfits(compare_states(network.state_dict(), weights), _SHOWN)
+    if misfits:
+        head = f"{path}: its {name} does not fit the network of the configuration:"
+        raise UserError("\n  ".join([head, *misfits]))
     network.load_state_dict(weights)
+
+
+def to_continue(folder: Path, resume: str) -> Path | None:
+    """The checkpoint that a run with this snapshot folder continues, None for a new run.
+
+    Args:
+        resume: ``auto``: the folder's last checkpoint, if there is one; ``never``; or a checkpoint file.
+
+    Raises:
+        UserError: a new run, or one that continues another file, would overwrite the folder's checkpoints; no such
+            file.
+    """
+    last = folder / LAST
+    if resume == "auto":
+        return last if last.is_file() else None
+    chosen = None if resume == "never" else Path(resume)
+    if chosen is not None and not chosen.is_file():
+        raise UserError(f"--resume {chosen}: no such file; expected auto, never or a checkpoint")
+    if last.is_file() and (chosen is None or chosen.resolve().parent != folder.resolve()):
+        raise UserError(
+            f"{last}: an earlier run has left its checkpoint here. Continue it with --resume auto, or name another "
+            "folder with --set saver.snapshot_dir=NAME"
+        )
+    return chosen
+
+
+def start_from(networks: dict[str, nn.Module], path: str | Path) -> None:
+    """Give the networks the weights of a checkpoint, to start training with. Where it has no teacher, a copy of its
+    student becomes the teacher.
+
+    Raises:
+        UserError: see ``read`` and ``load_network``.
+    """
+    state = read(path)
+    for name, network in networks.items():
+        load_network(network, name if state.get(_STATES[name]) else "student", state, path)
+    log.info("training starts from the networks of %s (epoch %s)", path, state.get("epoch"))
+
+
+class Continued(NamedTuple):
+    """Where an interrupted run stood."""
+
+    epoch: int  # epochs done
+    best: dict[str, float] | None  # best mIoU in percent of each network
+
+
+def resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, seed: int) -> Continued:
+    """Load a run's networks and momentum. Rates come from the configuration.
+
+    A checkpoint of the authors' code has neither our best figures nor, always, the order of our parameters: what cannot
+    be taken over is said.
+
+    Raises:
+        UserError: see ``read`` and ``load_network``; a checkpoint without its epoch, or of a run with another seed.
+    """
+    state = read(path)
+    if state.get("seed", seed) != seed:
+        raise UserError(
+            f"{path}: that run had the seed {state['seed']}, this one has {seed}. Continue it with its own seed, or "
+            "name another saver.snapshot_dir"
+        )
+    if type(state.get("epoch")) is not int:
+        raise UserError(f"{path}: tells no epoch; as a start for a new run, name it in trainer.start_from")
+    for name, network in networks.items():
+        load_network(network, name, state, path)
+    _load_momentum(optimizer, state.get("optimizer_state"), path)
+    if not state.get("best"):
+        log.warning("%s tells no best mIoU of ours: the best starts anew", path)
+    log.info("resumed after epoch %d from %s", state["epoch"] - 1, path)
+    return Continued(state["epoch"], state.get("best"))
+
+
+def _load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, path: Path) -> None:
+    """The running averages of the optimiser, if they are of our parameters; else they start at zero."""
+    own = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    averages = (state or {}).get("state", {})
+    fits = set(averages) == set(range(len(parameters))) and all(
+        average.shape == parameters[number].shape
+        for number, values in averages.items()
+        for average in values.values()
+        if isinstance(average, Tensor) and average.dim() > 0
+    )
+    if fits:
+        optimizer.load_state_dict(own | {"state": averages})
+    else:
+        log.warning("%s: its optimizer_state is not of these parameters in this order: momentum starts at zero", path)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import distributed
-from ..config import Config
 from ..data.catalog import CATALOGS
 from ..data.loaders import Lists, evaluation_batches, evaluation_loader
 from ..data.normalise import Normalise
 from ..ops.metrics import ConfusionMatrix
+from ..schema import Config
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,16 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from .. import distributed
-from ..config import Config
 from ..data.loaders import Lists, TrainingData
 from ..data.normalise import Normalise
 from ..methods.base import Batch, Method, Progress
 from ..ops.metrics import ConfusionMatrix
-from ..strict import UserError
-from . import checkpoint
+from ..schema import Config
+from . import checkpoint, provenance
 from .evaluate import Evaluation, format_table
 from .log import RunLog
 from .meter import Meter
-from .optim import build_optimizer, learning_rate
+from .optim import build_optimizer, learning_rate, lr_factor
 from .pictures import prediction_sheet
 
 log = logging.getLogger("imas")
@@ -40,33 +40,47 @@ class Run:
     method: Method
     data: TrainingData
     optimizer: torch.optim.Optimizer
+    description: dict  # what, with what, on what: see ``provenance``
     epoch: int = 0  # epochs done
     best: dict[str, float] | None = None  # best mIoU in percent of each network
 
 
-def fit(method: Method, config: Config, lists: Lists, *, seed: int, device: torch.device) -> None:
-    """Train, evaluate, log and save, from the start or from the last checkpoint (``saver.auto_resume``).
+def fit(
+    method: Method,
+    config: Config,
+    lists: Lists,
+    *,
+    seed: int,
+    device: torch.device,
+    continued: Path | None = None,
+) -> None:
+    """Train, evaluate, log and save.
 
     Args:
-        method: on ``device``, with fresh weights.
+        method: on ``device``, with the weights to start with.
         seed: with the configuration and the number of processes it determines the run.
+        continued: the checkpoint to go on from (``checkpoint.to_continue``).
 
     Raises:
         NonFiniteLoss: naming the iteration and the losses.
-        UserError: an earlier run's checkpoint that cannot be continued.
+        UserError: a checkpoint that cannot be continued.
     """
-    data = TrainingData(config, lists, seed, distributed.rank(), distributed.world_size())
-    optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer)
-    run = Run(config, lists, seed, device, method, data, optimizer)
-    _resume(run)
+    world = distributed.world_size()
+    data = TrainingData(config, lists, seed, distributed.rank(), world)
+    optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer, lr_factor(config, world))
+    run = Run(config, lists, seed, device, method, data, optimizer, provenance.describe(config, lists, seed, world))
+    if continued is not None:
+        run.epoch, run.best = checkpoint.resume(continued, method.networks(), optimizer, seed)
     wrapped = distributed.wrap(method, device, config.net.sync_bn)
     run_log = RunLog(config.log_dir, config.saver.use_tb, run.epoch)
     evaluation = Evaluation(config, lists, device)
     epochs = config.trainer.epochs
+    if distributed.is_main():
+        provenance.record(config, run.description)
     log.info(
         "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations, batch %d on %d process(es), %s",
         len(lists.labeled), len(lists.unlabeled), len(lists.val), epochs, len(data),
-        config.dataset.train.batch_size, distributed.world_size(), device,
+        config.dataset.train.batch_size, world, device,
     )  # fmt: skip
 
     bar = tqdm(
@@ -105,24 +119,28 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
     log_every = max(10, length // _LOGS_PER_EPOCH)
     meter, scores = Meter(), []
     method.train()
-    for step, tensors in enumerate(run.data.epoch(epoch, method.needs_unlabeled(epoch))):
+    for step, batches in enumerate(run.data.epoch(epoch, method.needs_unlabeled(epoch))):
         iteration = epoch * length + step
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(
                 config.trainer.lr_scheduler, group["base_lr"], iteration, config.trainer.epochs * length, length
             )
-        batch = _to_device(tensors, normalise, run.device)
-        progress = Progress(epoch, iteration, length, _generator(run.seed, iteration))
-
-        output = wrapped(batch, progress)
         run.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
+        outputs = []
+        for number, tensors in enumerate(batches):
+            batch = _to_device(tensors, normalise, run.device)
+            generator = _generator(run.seed, iteration * config.trainer.accumulate + number)
+            progress = Progress(epoch, iteration, length, generator)
+            with distributed.gradients_shared(wrapped, number + 1 == len(batches)):
+                output = wrapped(batch, progress)
+                (output.loss / len(batches)).backward()
+            outputs.append(output.scalars)
+            if output.score is not None:
+                scores.append((batch.index, output.score))
         run.optimizer.step()
         method.after_step(progress)
 
-        meter.add(output.scalars)
-        if output.score is not None:
-            scores.append((batch.index, output.score))
+        meter.add({name: sum(scalars[name] for scalars in outputs) / len(outputs) for name in outputs[0]})
         bar.update()
         logs = (iteration + 1) % log_every == 0
         if logs or step + 1 == length:
@@ -183,35 +201,11 @@ def _save(run: Run, improved: bool) -> None:
         "best": run.best,
         "seed": run.seed,
         "config": run.config.to_dict(),
+        "run": run.description,
     }
     if improved:  # first: a run that is cut off in between repeats the epoch
         checkpoint.save(state, run.config.snapshot_dir / checkpoint.BEST)
     checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST)
-
-
-def _resume(run: Run) -> None:
-    """Continue from the last checkpoint, if there is one and the configuration wants it."""
-    path = run.config.snapshot_dir / checkpoint.LAST
-    if not path.is_file():
-        return
-    if not run.config.saver.auto_resume:
-        raise UserError(
-            f"{path}: an earlier run has left its checkpoint here. Continue it with saver.auto_resume: true, or name "
-            "another saver.snapshot_dir"
-        )
-    state = checkpoint.read(path)
-    if state.get("seed") != run.seed:
-        raise UserError(
-            f"{path}: that run had the seed {state.get('seed')}, this one has {run.seed}. Continue it with its own "
-            "seed, or name another saver.snapshot_dir"
-        )
-    for name, network in run.method.networks().items():
-        checkpoint.load_network(network, name, state, path)
-    # Momentum from the checkpoint, rates from the configuration.
-    own = run.optimizer.state_dict()
-    run.optimizer.load_state_dict(own | {"state": state["optimizer_state"]["state"]})
-    run.epoch, run.best = state["epoch"], state["best"]
-    log.info("resumed after epoch %d from %s", run.epoch - 1, path)
 
 
 def _to_device(tensors: dict[str, Tensor], normalise: Normalise, device: torch.device) -> Batch:
@@ -221,9 +215,9 @@ def _to_device(tensors: dict[str, Tensor], normalise: Normalise, device: torch.d
     )
 
 
-def _generator(seed: int, iteration: int) -> torch.Generator:
-    """This rank's own random numbers for this iteration."""
-    words = (seed * 1_000_003 + iteration) * 4096 + distributed.rank()
+def _generator(seed: int, batch: int) -> torch.Generator:
+    """This rank's own random numbers for a batch, counted from the start of training."""
+    words = (seed * 1_000_003 + batch) * 4096 + distributed.rank()
     return torch.Generator().manual_seed(words % 2**63)
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..config import Optimizer, Scheduler
+from ..schema import Config, Optimizer, Scheduler
 
 
 def poly_lr(base_lr: float, iteration: int, total_iterations: int, power: float = 0.9) -> float:
@@ -41,12 +41,50 @@ def learning_rate(
     return milestone_lr(base_lr, iteration // iterations_per_epoch, kwargs.milestones)
 
 
-def build_optimizer(groups: list[dict], options: Optimizer) -> torch.optim.Optimizer:
-    """SGD or Adam over the groups of ``Method.param_groups``: the encoder at lr, the heads at lr·head_lr_times."""
+def total_batch(config: Config, world: int) -> int:
+    """Labeled images whose gradients make one update, over all processes."""
+    return world * config.dataset.train.batch_size * config.trainer.accumulate
+
+
+def lr_factor(config: Config, world: int) -> float:
+    """What ``trainer.scale_lr`` multiplies every rate with: total batch / reference batch, else 1."""
+    return total_batch(config, world) / config.trainer.reference_batch if config.trainer.scale_lr else 1.0
+
+
+def explain_batch(config: Config, world: int) -> list[str]:
+    """What differs from the batch that the recipe was made for, and what can be done; empty where nothing does."""
+    trainer, batch = config.trainer, config.dataset.train.batch_size
+    total, reference, lines = total_batch(config, world), trainer.reference_batch, []
+    if trainer.accumulate > 1:
+        lines.append(
+            f"an update accumulates {trainer.accumulate} batches: scores, CutMix, OHEM and BatchNorm still see {batch} "
+            "labeled and as many unlabeled images of a process at a time"
+        )
+    if trainer.scale_lr:
+        lines.append(f"learning rates times {lr_factor(config, world):g} (trainer.scale_lr)")
+    if reference is not None and total != reference:
+        remedies = []
+        times, rest = divmod(reference, world * batch)
+        if times > 1 and rest == 0:
+            remedies.append(f"trainer.accumulate={times} makes up for it, except in BatchNorm and the scores")
+        if not trainer.scale_lr:
+            remedies.append(f"trainer.scale_lr=true multiplies the learning rates by {total / reference:g}")
+        lines.append(
+            f"total batch {total} ({world} process(es) × {batch} × accumulate {trainer.accumulate}), but this recipe "
+            f"is for {reference}. Results will differ: with half the batch, somebody got 70.3 mIoU on Cityscapes 372 "
+            f"instead of 77.4. {'; '.join(remedies)}".rstrip()
+        )
+    return lines
+
+
+def build_optimizer(groups: list[dict], options: Optimizer, factor: float = 1.0) -> torch.optim.Optimizer:
+    """SGD or Adam over the groups of ``Method.param_groups``: the encoder at lr, the heads at lr·head_lr_times, both
+    times ``factor``.
+    """
     kwargs = options.kwargs
     for group in groups:
         times = 1.0 if group["name"] == "encoder" else options.head_lr_times
-        group["base_lr"] = group["lr"] = kwargs.lr * times
+        group["base_lr"] = group["lr"] = kwargs.lr * times * factor
     if options.type == "adam":
         return torch.optim.Adam(groups, weight_decay=kwargs.weight_decay)
     return torch.optim.SGD(groups, momentum=kwargs.momentum, weight_decay=kwargs.weight_decay)

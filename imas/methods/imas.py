@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import HardnessAware, Unsupervised
 from ..models.deeplabv3plus import DeepLabV3Plus, resize
 from ..models.ema import make_teacher, teacher_decay, update_teacher
 from ..ops import mixing
 from ..ops.hardness import score_predictions
 from ..ops.losses import consistency_loss
 from ..ops.pseudo import Prediction, predict
+from ..schema import HardnessAware, Unsupervised
 from .base import Batch, Criterion, Method, Progress, Step
 
 

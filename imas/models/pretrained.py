@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor
 
 from .resnet import ResNet
@@ -25,40 +27,88 @@ _MIT_STEM = {
 _SHOWN = 8
 
 
-def load_encoder(encoder: ResNet, path: str | Path) -> None:
+def load_encoder(encoder: ResNet, source: str | Path) -> None:
     """Load ImageNet weights of any known kind, and log how many tensors matched and which did not.
 
-    The kinds (spec, ImageNet files): the authors' own files; the MIT CSAIL files, the same network with another
-    spelling of the stem; torchvision's, for an encoder with ``deep_stem=False``. ``fc.*`` is left out.
+    The kinds (spec, ImageNet files) are told apart by their names: the authors' own files; the MIT CSAIL files, the
+    same network with another spelling of the stem; torchvision's, for an encoder with ``deep_stem=False``. ``fc.*`` is
+    left out.
+
+    Args:
+        source: a weight file, or ``torchvision``, which fetches its own weights (to torch's cache, once).
 
     Raises:
-        FileNotFoundError: no such file. ValueError: no weight file, or nothing in it fits.
+        FileNotFoundError: no such file. ValueError: no weight file, one for another stem, or nothing in it fits.
+        OSError: torchvision's weights cannot be fetched.
     """
-    state = read_weights(path)
+    state = fetch_torchvision(encoder.name) if source == "torchvision" else read_weights(source)
+    kind = "the authors'"
     if "conv3.weight" in state:
-        state = {_renamed(name): tensor for name, tensor in state.items()}
+        kind, state = "MIT CSAIL's", {_renamed(name): tensor for name, tensor in state.items()}
+    elif "conv1.weight" in state:
+        kind = "torchvision's"
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     own = encoder.state_dict()
-    misshapen = [
-        f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in state
-        if name in own and state[name].shape != own[name].shape
-    ]
+    plain, deep = "conv1.weight" in state, "conv1.0.weight" in state
+    if (plain and "conv1.weight" not in own) or (deep and "conv1.0.weight" not in own):
+        raise ValueError(
+            f"{source}: a file of {kind} kind, for another stem than this encoder's; set net.encoder.kwargs.deep_stem "
+            f"to {'true' if deep else 'false'}, or take another file (see pretrained/README.md)"
+        )
+    misfits = compare_states(own, state)
     fitting = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
     if not fitting:
         raise ValueError(
-            f"{path}: none of its {len(state)} tensors fits this encoder (first names: {', '.join(list(state)[:4])}); "
-            "is it a weight file of this ResNet, and is net.encoder.kwargs.deep_stem right?"
+            f"{source}: none of its {len(state)} tensors fits this encoder (first: {', '.join(list(state)[:4])}). "
+            "Is it a weight file of this ResNet?"
         )
-    # num_batches_tracked is missing from files of old PyTorch versions and steers nothing here.
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
     encoder.load_state_dict(fitting, strict=False)
-    log.info("encoder weights from %s: %d of %d tensors matched", path, len(fitting), len(own))
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
-        if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            log.warning("  %d %s: %s%s", len(names), what, ", ".join(names[:_SHOWN]), more)
+    log.info("encoder weights from %s (%s kind): %d of %d tensors matched", source, kind, len(fitting), len(own))
+    # num_batches_tracked is missing from files of old PyTorch versions and steers nothing here.
+    misfits["missing"] = [name for name in misfits["missing"] if not name.endswith("num_batches_tracked")]
+    for line in describe_misfits(misfits, _SHOWN):
+        log.warning("  %s", line)
+
+
+def compare_states(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What keeps ``given`` from being the state of a network: names that are missing, unexpected, and misshapen ones
+    with both shapes.
+    """
+    return {
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
+        "misshapen": [
+            f"{name} {tuple(given[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in own
+            if name in given and given[name].shape != own[name].shape
+        ],
+    }
+
+
+def describe_misfits(misfits: Mapping[str, list[str]], shown: int) -> list[str]:
+    """A line for each kind of misfit that occurs, with the first ``shown`` names."""
+    return [
+        f"{len(names)} {what}: {', '.join(names[:shown])}"
+        + (f" and {len(names) - shown} more" if len(names) > shown else "")
+        for what, names in misfits.items()
+        if names
+    ]
+
+
+def fetch_torchvision(name: str) -> dict[str, Tensor]:
+    """torchvision's best ImageNet weights of a ResNet, downloaded once into torch's cache.
+
+    Raises:
+        OSError: they are not there and cannot be downloaded.
+    """
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise OSError(
+            f"torchvision could not fetch {weights.url} ({error}); put the file into "
+            f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or name a weight file"
+        ) from None
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class ResNet(nn.Module):
         deep_stem: three 3×3 convolutions (the authors' encoders); otherwise torchvision's single 7×7.
         width: channels of the first stage, 64 in every published ResNet. All other channels scale with it.
 
-    ``channels`` holds the channels of x1..x4.
+    ``name`` is kept; ``channels`` holds the channels of x1..x4.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class ResNet(nn.Module):
         width: int = 64,
     ) -> None:
         super().__init__()
+        self.name = name
         block, depths = RESNETS[name]
         if deep_stem:
             stem = 2 * width

@@ -1,0 +1,287 @@
+"""What an experiment is: every section and key, with type, default and allowed values, as frozen dataclasses.
+
+The schema is the one of the published experiments. Where a key has a better name today, its former one (``old=``)
+still loads, and the run says once what was translated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from .strict import option, to_plain
+
+_POSITIVE = (lambda value: value > 0, "a number above 0")
+_AT_LEAST_ONE = (lambda value: value >= 1, "an integer of at least 1")
+_NOT_NEGATIVE = (lambda value: value >= 0, "a number of at least 0")
+_FRACTION = (lambda value: 0 <= value <= 1, "a number between 0 and 1")
+_RANGE = (lambda pair: 0 < pair[0] <= pair[1], "[low, high] with 0 < low <= high")
+
+
+def _spelling(**former: str) -> Callable[[Any], Any]:
+    """Today's spelling of a name: ``imas.models.resnet.resnet50`` → ``resnet50``. For a table, never an import."""
+
+    def today(name: Any) -> Any:
+        if not isinstance(name, str):
+            return name
+        name = re.sub(r"^(imas|u2pl)\.(\w+\.)*", "", name)
+        return former.get(name, name)
+
+    return today
+
+
+def _pair(value: Any) -> Any:
+    return [value, value] if type(value) is int else value
+
+
+def _side(value: Any) -> Any:
+    """[n, n] → n, for the evaluation window, of which one number is used for both sides."""
+    square = isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]
+    return value[0] if square else value
+
+
+@dataclass(frozen=True)
+class Crop:
+    size: tuple[int, int] = option(convert=_pair, check=(lambda size: min(size) >= 1, "a side or [height, width]"))
+    type: Literal["rand", "center"] = "rand"
+
+
+@dataclass(frozen=True)
+class ValCrop:
+    size: int = option(769, convert=_side, check=(lambda side: side >= 2, "one side of at least 2, for both sides"))
+    MEANINGLESS: ClassVar = {"type": ("rand", "center")}
+
+
+@dataclass(frozen=True)
+class StrongAug:
+    num_augs: int = option(2, check=_AT_LEAST_ONE)
+    labeled: bool = False  # sup_only: train on the strong views of the labeled images, too
+
+
+@dataclass(frozen=True)
+class HardnessAware:
+    """What the score decides (spec, The score; steps 5 and 6)."""
+
+    version: Literal[1, 2] = option(1, old="flag_using_v1", old_value={True: 1, False: 2}.__getitem__)
+    weight_loss: bool = option(True, old="flag_hardness_weighted_loss")
+    class_weighted: bool = option(True, old="flag_cal_iou_weighted")
+    ignore_background: bool = option(True, old="flag_cal_iou_ignore_bg")
+    trigger_cutmix: bool = option(False, old="flag_cmix_trigger_by_hard")
+    blend: bool = option(False, old="flag_augs_mixup_by_hard")
+    scale_box: bool = option(False, old="flag_mapping_random")
+    gaussian_box: bool = option(False, old="flag_mapping_gaussian")
+
+
+@dataclass(frozen=True)
+class TrainData:
+    data_root: str | None = None
+    data_list: str | None = None  # the labeled images
+    unlabeled_list: str | None = None  # default: beside data_list, labeled.txt → unlabeled.txt
+    batch_size: int = option(2, check=_AT_LEAST_ONE)  # per process, labeled and again unlabeled
+    epoch_size: int | None = option(None, check=_AT_LEAST_ONE)  # images an epoch; default: one pass over the list
+    flip: bool = False
+    rand_resize: tuple[float, float] | None = option(None, check=_RANGE)
+    resize_base_size: int | tuple[int, int] | None = option(
+        None,
+        check=(lambda base: (base if type(base) is int else min(base)) >= 1, "the longer side, or [height, width]"),
+    )
+    crop: Crop | None = None
+    strong_aug: StrongAug | None = None
+    hardness_aware: HardnessAware | None = None
+
+
+@dataclass(frozen=True)
+class ValData:
+    data_root: str | None = None  # default: train.data_root
+    data_list: str | None = None
+    batch_size: int = option(1, check=_AT_LEAST_ONE)
+    crop: ValCrop = option(ValCrop)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The embedded set: how many images are drawn, of which size, from which seed."""
+
+    seed: int = option(0, check=_NOT_NEGATIVE)
+    size: int = option(64, check=(lambda side: side >= 32, "a side of at least 32 pixels"))
+    labeled: int = option(10, check=_AT_LEAST_ONE)
+    unlabeled: int = option(600, check=_AT_LEAST_ONE)
+    val: int = option(200, check=_AT_LEAST_ONE)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    type: Literal["pascal", "cityscapes", "shapes"] = option(
+        spelling=_spelling(pascal_semi="pascal", cityscapes_semi="cityscapes")
+    )
+    train: TrainData = option()
+    val: ValData = option(ValData)
+    shapes: Shapes = option(Shapes)
+    n_sup: int | None = option(None, check=_AT_LEAST_ONE)
+    workers: int = option(2, check=_NOT_NEGATIVE)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values in 0..1; above 1: of values in 0..255
+    std: tuple[float, float, float] = option((0.229, 0.224, 0.225), check=(lambda std: min(std) > 0, "numbers above 0"))
+    ignore_label: int = option(255, check=(lambda label: 0 <= label <= 255, "an integer in 0..255"))
+
+
+@dataclass(frozen=True)
+class OptimizerKwargs:
+    lr: float = option(check=_POSITIVE)  # of the encoder
+    momentum: float = option(0.9, check=_FRACTION)
+    weight_decay: float = option(0.0, check=_NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    kwargs: OptimizerKwargs = option()
+    type: Literal["SGD", "adam"] = "SGD"
+    head_lr_times: float | None = option(None, check=_POSITIVE)  # of lr; default: 10 on Pascal, 1 elsewhere
+
+
+@dataclass(frozen=True)
+class SchedulerKwargs:
+    power: float = option(0.9, check=_POSITIVE)  # poly
+    targetlr: float = option(0.0, check=_NOT_NEGATIVE)  # cosine
+    milestones: tuple[int, ...] = ()  # epochs; each divides the rate by 10
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    mode: Literal["poly", "cosine", "milestones"] = "poly"
+    kwargs: SchedulerKwargs = option(SchedulerKwargs)
+
+
+@dataclass(frozen=True)
+class Unsupervised:
+    threshold: float = option(0.95, check=_FRACTION)
+    loss_weight: float = option(1.0, check=_NOT_NEGATIVE)
+    teacher_pseudo: bool = option(True, old="flag_ema_pseudo")
+    use_cutmix: bool = False
+    use_cutmix_beta: bool = False
+    use_cutmix_range: tuple[float, float] = option(
+        (0.1, 0.9),
+        convert=lambda pair: (
+            sorted(pair) if isinstance(pair, list) and all(type(x) in (int, float) for x in pair) else pair
+        ),
+        check=(lambda pair: 0 < pair[0] <= pair[1] <= 1, "[low, high] with 0 < low <= high <= 1"),
+    )
+    use_cutmix_trigger_prob: float = option(1.0, check=_FRACTION)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    optimizer: Optimizer = option()
+    epochs: int = option(check=_AT_LEAST_ONE)
+    sup_only_epoch: int = option(0, check=_NOT_NEGATIVE)
+    eval_every: int = option(1, check=_AT_LEAST_ONE)  # epochs between evaluations, each of which ends with a checkpoint
+    accumulate: int = option(1, check=_AT_LEAST_ONE)  # batches whose gradients make one update
+    reference_batch: int | None = option(None, check=_AT_LEAST_ONE)  # labeled images an update that the recipe is for
+    scale_lr: bool = False  # lr · (processes · batch_size · accumulate) / reference_batch
+    start_from: str | None = None  # a checkpoint whose networks training starts with, at epoch 0
+    lr_scheduler: Scheduler = option(Scheduler)
+    unsupervised: Unsupervised | None = None
+
+
+@dataclass(frozen=True)
+class Saver:
+    snapshot_dir: str = "checkpoints"  # beside the YAML
+    use_tb: bool = True
+    auto_resume: bool = False
+    MEANINGLESS: ClassVar = {"pretrain": None}
+
+
+@dataclass(frozen=True)
+class CriterionKwargs:
+    thresh: float | None = option(None, check=_FRACTION)  # of ohem, default 0.7
+    min_kept: int | None = option(None, check=_AT_LEAST_ONE)  # of ohem, default 100,000
+    MEANINGLESS: ClassVar = {"use_weight": (False,)}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    type: Literal["ce", "ohem"] = option("ce", spelling=_spelling(CELoss="ce"))
+    kwargs: CriterionKwargs = option(CriterionKwargs)
+
+
+@dataclass(frozen=True)
+class AuxLoss:
+    loss_weight: float = option(0.4, check=_POSITIVE)
+    aux_plane: int | None = option(None, check=_AT_LEAST_ONE)  # channels of x3: follows from the encoder
+
+
+@dataclass(frozen=True)
+class EncoderKwargs:
+    replace_stride_with_dilation: tuple[bool, bool, bool] = (False, False, False)
+    multi_grid: bool = False
+    zero_init_residual: bool = False
+    deep_stem: bool = True
+    width: int = option(64, check=_AT_LEAST_ONE)
+    MEANINGLESS: ClassVar = {"fpn": (True,), "pretrained": None}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    type: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = option(spelling=_spelling())
+    pretrain: str | None = None  # a weight file, or torchvision: its own weights, fetched
+    kwargs: EncoderKwargs = option(EncoderKwargs)
+
+
+@dataclass(frozen=True)
+class DecoderKwargs:
+    inner_planes: int = option(256, check=_AT_LEAST_ONE)
+    low_conv_planes: int = option(48, check=_AT_LEAST_ONE)
+    dilations: tuple[int, int, int] = option((6, 12, 18), check=(lambda all_: min(all_) >= 1, "three dilations >= 1"))
+    MEANINGLESS: ClassVar = {"rep_head": (False,)}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    type: Literal["deeplabv3plus"] = option("deeplabv3plus", spelling=_spelling(dec_deeplabv3_plus="deeplabv3plus"))
+    kwargs: DecoderKwargs = option(DecoderKwargs)
+
+
+@dataclass(frozen=True)
+class Net:
+    num_classes: int = option(check=(lambda count: 2 <= count <= 255, "an integer in 2..255"))
+    encoder: Encoder = option()
+    decoder: Decoder = option(Decoder)
+    aux_loss: AuxLoss | None = None
+    sync_bn: bool = False
+    ema_decay: float = option(0.996, check=_FRACTION)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment. ``method`` follows from ``trainer.unsupervised`` where it is not given."""
+
+    dataset: Dataset = option()
+    trainer: Trainer = option()
+    net: Net = option()
+    criterion: Criterion = option(Criterion)
+    saver: Saver = option(Saver)
+    method: Literal["imas", "sup_only"] | None = None
+    path: Path = dataclasses.field(default=Path(), init=False, compare=False)  # the YAML file
+    translated: tuple[str, ...] = dataclasses.field(default=(), init=False, compare=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where the outputs go: the folder of the YAML."""
+        return self.path.parent
+
+    @property
+    def snapshot_dir(self) -> Path:
+        """Where checkpoints go."""
+        return self.folder / self.saver.snapshot_dir
+
+    @property
+    def log_dir(self) -> Path:
+        """Where log lines, CSV files, pictures and TensorBoard files go."""
+        return self.folder / "log"
+
+    def to_dict(self) -> dict:
+        """Plain nested dicts: what ``load_config`` reads back as an equal configuration."""
+        return to_plain(self)
