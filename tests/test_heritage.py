@@ -251,7 +251,7 @@ def test_the_note_on_the_batch_names_what_fits() -> None:
     assert notes[0] == "learning rates times 0.5 (trainer.scale_lr)" and "multiplies" not in notes[1]
 
 
-def test_accumulation_under_torchrun_shares_gradients_once_an_update(experiment: Experiment) -> None:
+def test_accumulation_under_torchrun(experiment: Experiment) -> None:
     config = experiment()
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     trained = run("train_semi.py", "--config", config, "--set", "trainer.accumulate=2", launcher=launcher)

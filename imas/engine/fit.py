@@ -140,7 +140,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
         run.optimizer.step()
         method.after_step(progress)
 
-        meter.add({name: sum(scalars[name] for scalars in outputs) / len(outputs) for name in outputs[0]})
+        meter.add(_means(outputs))
         bar.update()
         logs = (iteration + 1) % log_every == 0
         if logs or step + 1 == length:
@@ -206,6 +206,12 @@ def _save(run: Run, improved: bool) -> None:
     if improved:  # first: a run that is cut off in between repeats the epoch
         checkpoint.save(state, run.config.snapshot_dir / checkpoint.BEST)
     checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST)
+
+
+def _means(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(scalars) == 1:
+        return scalars[0]
+    return {name: torch.stack([each[name] for each in scalars]).mean() for name in scalars[0]}
 
 
 def _to_device(tensors: dict[str, Tensor], normalise: Normalise, device: torch.device) -> Batch:
