@@ -16,7 +16,7 @@ from imas import distributed
 from imas.build import build_model
 from imas.config import load_config
 from imas.data.check import check_data
-from imas.data.loaders import read_lists
+from imas.data.lists import read_lists
 from imas.engine import checkpoint
 from imas.engine.evaluate import Evaluation, format_table
 from imas.engine.log import start_logging

@@ -21,7 +21,9 @@ from imas import distributed
 from imas.build import build_method
 from imas.config import load_config
 from imas.data.check import check_data
-from imas.data.loaders import Lists, TrainingData, read_lists
+from imas.data.doctor import Unhealthy, examine
+from imas.data.lists import Lists, read_lists
+from imas.data.loaders import TrainingData
 from imas.engine import checkpoint
 from imas.engine.fit import fit
 from imas.engine.log import start_logging
@@ -32,6 +34,7 @@ from imas.schema import Config
 from imas.strict import Together, UserError, run_script
 
 log = logging.getLogger("imas")
+_QUICK = 50  # images of each list that --check looks at
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -116,12 +119,16 @@ def report(config: Config, lists: Lists, seed: int) -> None:
         return
     log.info("the resolved recipe of %s:\n%s", config.path, yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())
     remark(config, world)
+    health = examine(config, lists, limit=_QUICK)
+    log.info("data, at most %d images of each list:\n%s", _QUICK, "\n".join([health.table, *health.lines()]))
     log.info(
         "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations on %d process(es)",
         len(lists.labeled), len(lists.unlabeled), len(lists.val), config.trainer.epochs, len(data), world,
     )  # fmt: skip
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory._asdict().items())
     log.info("memory of a float32 step, estimated: %s MiB a process (%s)", f"{memory.total / 2**20:,.0f}", parts)
+    if health.wrong:
+        raise Unhealthy("something is wrong with the data, see above; python -m imas.data check looks at all of it")
     log.info("checked: nothing is wrong, and nothing was written")
 
 

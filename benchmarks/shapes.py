@@ -24,7 +24,7 @@ from datetime import date
 from pathlib import Path
 
 from imas.config import load_config
-from imas.data.loaders import read_lists
+from imas.data.lists import read_lists
 
 ROOT = Path(__file__).parents[1]
 IMAS, SUP = ROOT / "exps/shapes_imas/config.yaml", ROOT / "exps/shapes_sup/config.yaml"

@@ -10,8 +10,6 @@ from pathlib import Path
 from .schema import Config, CriterionKwargs, Net
 from .strict import ConfigError, Reader, apply_overrides, read_yaml
 
-NUM_CLASSES = {"pascal": 21, "cityscapes": 19, "shapes": 4}
-
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read and check one experiment.
@@ -73,7 +71,8 @@ def _with_derived(config: Config) -> Config:
 def _unlabeled_beside(config: Config) -> str | None:
     """The unlabeled list beside the labeled one, where it is needed and not given."""
     train = config.dataset.train
-    if config.trainer.unsupervised is None or train.data_list is None or train.unlabeled_list is not None:
+    needed = config.trainer.unsupervised is not None and config.dataset.type != "folder"
+    if not needed or train.data_list is None or train.unlabeled_list is not None:
         return None
     path = Path(train.data_list)
     return str(path.with_name(path.name.replace("labeled.txt", "unlabeled.txt")))
@@ -103,7 +102,11 @@ def _check_net(net: Net, reader: Reader, prefix: str = "") -> None:
 
 
 def _check_classes(config: Config, reader: Reader) -> None:
-    expected, given = NUM_CLASSES[config.dataset.type], config.net.num_classes
+    dataset, given = config.dataset, config.net.num_classes
+    fixed = {"pascal": 21, "cityscapes": 19, "shapes": 4}
+    if dataset.type == "folder" and dataset.folder is None:
+        return
+    expected = len(dataset.folder.class_names) if dataset.type == "folder" else fixed[dataset.type]
     if given != expected:
         reader.error("net.num_classes", f"{config.dataset.type} has {expected} classes, got {given}")
     if config.dataset.ignore_label < given:
@@ -148,7 +151,7 @@ def _check_data(config: Config, reader: Reader) -> None:
     dataset, train = config.dataset, config.dataset.train
     if train.rand_resize is not None and train.resize_base_size is None:
         reader.error("dataset.train.resize_base_size", "missing; dataset.train.rand_resize needs it")
-    in_files = dataset.type in ("pascal", "cityscapes")
+    in_files = dataset.type in ("pascal", "cityscapes", "folder")
     if train.crop is None and (train.rand_resize is not None or in_files):
         reader.error("dataset.train.crop", "missing; images of different sizes need a crop to be batched")
     largest = _largest_image(config)
@@ -165,7 +168,7 @@ def _check_data(config: Config, reader: Reader) -> None:
         )
     if in_files:
         for name, section in (("train", train), ("val", dataset.val)):
-            if section.data_list is None:
+            if section.data_list is None and dataset.type != "folder":
                 reader.error(f"dataset.{name}.data_list", "missing; expected the path of a list file")
         if train.data_root is None:
             reader.error("dataset.train.data_root", f"missing; expected the folder of {dataset.type}")
@@ -178,6 +181,32 @@ def _largest_image(config: Config) -> int | None:
         base = train.resize_base_size
         return int((base if isinstance(base, int) else max(base)) * train.rand_resize[1])
     return config.dataset.shapes.size if config.dataset.type == "shapes" else None
+
+
+def _check_folder(config: Config, reader: Reader) -> None:
+    dataset, folder = config.dataset, config.dataset.folder
+    if dataset.type != "folder":
+        if folder is not None:
+            reader.error("dataset.folder", f"only the data set type folder has this section, and it is {dataset.type}")
+        return
+    if folder is None:
+        reader.error("dataset.folder", "missing; expected a section with class_names, images and masks")
+        return
+    if dataset.val.data_list is None and dataset.val.data_root in (None, dataset.train.data_root):
+        reader.error(
+            "dataset.val.data_list",
+            "missing; validation images must not be training images: name a list here, or another data_root "
+            "(python -m imas.data splits --new draws lists)",
+        )
+    if folder.palette is not None and len(folder.palette) != len(folder.class_names):
+        count = len(folder.class_names)
+        reader.error("dataset.folder.palette", f"expected a colour a class, {count} in all, got {len(folder.palette)}")
+    if folder.images == folder.masks and not folder.mask_suffix:
+        reader.error("dataset.folder.mask_suffix", "missing; it tells masks from images where both lie in one folder")
+    if folder.binary and (len(folder.class_names) != 2 or folder.palette is not None):
+        reader.error("dataset.folder.binary", "masks of 0 and 255 have two classes and no palette")
+    if folder.ignore_colour is not None and folder.palette is None:
+        reader.error("dataset.folder.ignore_colour", "needs dataset.folder.palette: only colour masks have colours")
 
 
 def _check_boxes(config: Config, reader: Reader) -> None:
@@ -194,5 +223,6 @@ _CHECKS: tuple[Callable[[Config, Reader], None], ...] = (
     _check_criterion,
     _check_schedule,
     _check_data,
+    _check_folder,
     _check_boxes,
 )

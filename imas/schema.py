@@ -113,16 +113,43 @@ class Shapes:
     val: int = option(200, check=_AT_LEAST_ONE)
 
 
+_COLOUR = (lambda colour: all(0 <= value <= 255 for value in colour), "[red, green, blue], each in 0..255")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Own data, below ``data_root``. Without lists, images with a mask are labeled, all others unlabeled."""
+
+    class_names: tuple[str, ...] = option(
+        check=(
+            lambda names: len(set(names)) == len(names) >= 2,
+            "two or more class names, in the order of their numbers",
+        )
+    )
+    images: str = "images"
+    masks: str = "masks"
+    mask_suffix: str = ""  # images/a.jpg → masks/a<mask_suffix>.png
+    unlabeled: str | None = None  # a folder of further images, without masks
+    binary: bool = False  # masks hold 0 and 255 for the classes 0 and 1
+    palette: tuple[tuple[int, int, int], ...] | None = option(  # colours of the classes: masks are colour pictures
+        None, check=(lambda colours: all(map(_COLOUR[0], colours)), "a colour a class, [red, green, blue] in 0..255")
+    )
+    ignore_colour: tuple[int, int, int] | None = option(None, check=_COLOUR)  # of pixels to leave out, with a palette
+
+
 @dataclass(frozen=True)
 class Dataset:
-    type: Literal["pascal", "cityscapes", "shapes"] = option(
+    type: Literal["pascal", "cityscapes", "folder", "shapes"] = option(
         spelling=_spelling(pascal_semi="pascal", cityscapes_semi="cityscapes")
     )
     train: TrainData = option()
     val: ValData = option(ValData)
     shapes: Shapes = option(Shapes)
+    folder: Folder | None = None
     n_sup: int | None = option(None, check=_AT_LEAST_ONE)
     workers: int = option(2, check=_NOT_NEGATIVE)
+    cache: bool = False  # decode every image once, and keep it in memory
+    on_error: Literal["stop", "skip"] = "stop"  # at a broken image in the middle of training
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values in 0..1; above 1: of values in 0..255
     std: tuple[float, float, float] = option((0.229, 0.224, 0.225), check=(lambda std: min(std) > 0, "numbers above 0"))
     ignore_label: int = option(255, check=(lambda label: 0 <= label <= 255, "an integer in 0..255"))

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,13 @@ from torchvision import transforms
 
 from imas.config import load_config
 from imas.data import strong
-from imas.data.catalog import CITYSCAPES, PASCAL
+from imas.data.catalog import CITYSCAPES, PASCAL, cityscapes_files, pascal_files
 from imas.data.check import check_data
-from imas.data.dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, read_list
-from imas.data.loaders import EpochSampler, TrainingData, evaluation_batches, evaluation_loader, oversample, read_lists
+from imas.data.dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet
+from imas.data.lists import read_list, read_lists
+from imas.data.loaders import EpochSampler, TrainingData, evaluation_batches, evaluation_loader, oversample
 from imas.data.normalise import Normalise
-from imas.data.source import FileSource
+from imas.data.source import FileSource, cityscapes_labels
 from imas.data.strong import OPERATIONS, strong_view
 from imas.data.weak import resized_size, weak_view
 from imas.schema import Config
@@ -74,11 +76,11 @@ def _pascal_tree(root: Path, labeled: int = 3, unlabeled: int = 0, val: int = 0,
 
 
 def _pascal(root: Path) -> FileSource:
-    return FileSource("pascal", root, PASCAL, 255)
+    return FileSource(pascal_files, root, 21, 255)
 
 
 def _cityscapes(root: Path) -> FileSource:
-    return FileSource("cityscapes", root, CITYSCAPES, 255)
+    return FileSource(cityscapes_files, root, 19, 255, partial(cityscapes_labels, 255))
 
 
 def _config(folder: Path, raw: dict, overrides: tuple[str, ...] = ()) -> Config:
@@ -237,7 +239,7 @@ def test_mask_that_is_a_colour_picture_is_named(tmp_path: Path) -> None:
     """The painted VOC masks, not the class numbers."""
     _save(tmp_path / "JPEGImages" / "a.jpg", _noise(2, 3))
     _save(tmp_path / "SegmentationClassAug" / "a.png", _noise(2, 3))
-    with pytest.raises(UserError, match=r"a\.png: expected a mask of one 8-bit channel .*RGB"):
+    with pytest.raises(UserError, match=r"a\.png: expected a mask of one channel .*RGB"):
         EvaluationSet(_pascal(tmp_path), ["a"])[0]
 
 
@@ -346,7 +348,7 @@ def test_check_lists_every_missing_file_and_compares_n_sup(tmp_path: Path, caplo
     ]
     for path in gone:
         path.unlink()
-    with pytest.raises(UserError, match="2 files that the lists name are missing") as caught:
+    with pytest.raises(UserError, match="2 files of the labeled images cannot be used") as caught:
         check_data(config)
     for path in gone:
         assert str(path) in str(caught.value)

@@ -18,7 +18,8 @@ from PIL import Image
 
 from imas import load_config
 from imas.build import build_method
-from imas.data.loaders import Lists, TrainingData, read_lists
+from imas.data.lists import Lists, read_lists
+from imas.data.loaders import TrainingData
 from imas.data.normalise import Normalise
 from imas.engine.optim import build_optimizer, learning_rate, lr_factor, total_batch
 from imas.methods.base import Batch, Progress

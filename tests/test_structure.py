@@ -21,6 +21,7 @@ ALLOWED = {
     "imas/config.py": {"schema", "strict"},
     "imas/ops": {"ops"},
     "imas/models": {"models"},
+    "imas/data/__main__.py": {"data", "config", "strict"},
     "imas/data": {"data", "schema", "strict"},
     "imas/methods": {"methods", "ops", "models", "schema"},
     "imas/build.py": {"config", "schema", "methods", "models", "ops", "strict"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..schema import Dataset
 from . import shapes
 
 Colour = tuple[int, int, int]
@@ -52,7 +53,14 @@ CITYSCAPES = Catalog(
 
 SHAPES = Catalog(shapes.CLASS_NAMES, _voc_palette(len(shapes.CLASS_NAMES)))
 
-CATALOGS = {"pascal": PASCAL, "cityscapes": CITYSCAPES, "shapes": SHAPES}
+
+def catalog_of(dataset: Dataset) -> Catalog:
+    """Names and colours of a configuration's classes; own data without a palette gets VOC's colours."""
+    if dataset.type == "folder":
+        names = dataset.folder.class_names
+        return Catalog(names, dataset.folder.palette or _voc_palette(len(names)))
+    return {"pascal": PASCAL, "cityscapes": CITYSCAPES, "shapes": SHAPES}[dataset.type]
+
 
 # Raw Cityscapes labelIds → the 19 training classes; every other id is ignored.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)

@@ -1,10 +1,9 @@
-"""Lists of images, and the views of each image that training and evaluation read."""
+"""The views of each image that training and evaluation read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,16 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
-from ..strict import UserError
+from .source import DataError, Source
 from .strong import strong_view
 from .weak import weak_view
 
-
-class Source(Protocol):
-    """What a data set needs to be read from: see ``source.py``."""
-
-    def image(self, name: str) -> Image.Image: ...
-    def mask(self, name: str) -> Image.Image: ...
+_TRIES = 10  # at replacing a broken image
 
 
 class Draw(NamedTuple):
@@ -43,18 +37,47 @@ class Geometry(NamedTuple):
     ignore_index: int
 
 
-class LabeledSet(Dataset):
-    """Augmented labeled images: a dict of ``images`` (3, H, W) uint8, ``labels`` (H, W) int64 and, with ``num_augs``,
+class _AugmentedSet(Dataset):
+    """Views of images of a training list.
+
+    Args:
+        num_augs: operations of a strong view; None for none.
+        skip: put another sample in the place of a broken one, with a message as ``skipped`` (else an empty text).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        names: Sequence[str],
+        geometry: Geometry,
+        num_augs: int | None = None,
+        skip: bool = False,
+    ) -> None:
+        self.source, self.names, self.geometry, self.num_augs, self.skip = source, names, geometry, num_augs, skip
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        rng = np.random.default_rng(draw.seed)
+        if not self.skip:
+            return self.sample(draw.index, rng)
+        index, skipped = draw.index, ""
+        for _ in range(_TRIES):
+            try:
+                return self.sample(index, rng) | {"skipped": skipped}
+            except DataError as error:
+                index, skipped = int(rng.integers(len(self.names))), str(error)
+        raise DataError(f"{_TRIES} images in a row cannot be used, the last: {skipped}")
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class LabeledSet(_AugmentedSet):
+    """Labeled images: a dict of ``images`` (3, H, W) uint8, ``labels`` (H, W) int64 and, with ``num_augs``,
     ``images_strong`` (3, H, W) uint8.
     """
 
-    def __init__(self, source: Source, names: Sequence[str], geometry: Geometry, num_augs: int | None = None) -> None:
-        self.source, self.names, self.geometry, self.num_augs = source, names, geometry, num_augs
-
-    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        rng = np.random.default_rng(draw.seed)
-        name = self.names[draw.index]
-        image, mask = _read_pair(self.source, name)
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        image, mask = _read_pair(self.source, self.names[index])
         image, mask = weak_view(image, mask, rng, **self.geometry._asdict())
         sample = {"images": TF.pil_to_tensor(image), "labels": _label_tensor(mask)}
         if self.num_augs is not None:
@@ -62,18 +85,14 @@ class LabeledSet(Dataset):
         return sample
 
 
-class UnlabeledSet(Dataset):
-    """Views of unlabeled images, whose masks are never read: a dict of ``weak`` (3, H, W) uint8, ``index`` and, with
+class UnlabeledSet(_AugmentedSet):
+    """Unlabeled images, whose masks are never read: a dict of ``weak`` (3, H, W) uint8, ``index`` and, with
     ``num_augs``, ``strong``, the same crop with its colours changed.
     """
 
-    def __init__(self, source: Source, names: Sequence[str], geometry: Geometry, num_augs: int | None = None) -> None:
-        self.source, self.names, self.geometry, self.num_augs = source, names, geometry, num_augs
-
-    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        rng = np.random.default_rng(draw.seed)
-        image, _ = weak_view(self.source.image(self.names[draw.index]), None, rng, **self.geometry._asdict())
-        sample = {"weak": TF.pil_to_tensor(image), "index": torch.tensor(draw.index)}
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        image, _ = weak_view(self.source.image(self.names[index]), None, rng, **self.geometry._asdict())
+        sample = {"weak": TF.pil_to_tensor(image), "index": torch.tensor(index)}
         if self.num_augs is not None:
             sample["strong"] = TF.pil_to_tensor(strong_view(image, self.num_augs, rng))
         return sample
@@ -93,27 +112,10 @@ class EvaluationSet(Dataset):
         return len(self.names)
 
 
-def read_list(path: str | Path) -> list[str]:
-    """The lines of a list file, one image each; empty lines are left out.
-
-    Raises:
-        UserError: a file that is missing or empty.
-    """
-    path = Path(path)
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"{path}: cannot read the list: {reason} (looked in {Path.cwd()})") from None
-    if not names:
-        raise UserError(f"{path}: the list is empty")
-    return names
-
-
 def _read_pair(source: Source, name: str) -> tuple[Image.Image, Image.Image]:
     image, mask = source.image(name), source.mask(name)
     if image.size != mask.size:
-        raise UserError(
+        raise DataError(
             f"{name}: the image is {image.width}×{image.height} pixels, its mask {mask.width}×{mask.height}"
         )
     return image, mask

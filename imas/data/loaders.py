@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,69 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ..schema import Config
-from ..strict import Together, UserError
-from .catalog import CATALOGS
-from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, read_list
-from .source import FileSource, ShapesSource, shapes_names
+from ..strict import UserError
+from .cache import CachedSource
+from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet
+from .lists import Lists, val_root
+from .source import DataError, FileSource, open_source
 
 _STREAMS = {"labeled": 0, "unlabeled": 1}
 _OVERSAMPLING, _ORDER = 2, 3  # what else is drawn, as numbers beside those of the streams
-_SHAPES_VAL = 1_000_000  # validation images of the embedded set are numbered from here
-
-
-@dataclass(frozen=True)
-class Lists:
-    """Names of the images of a run. Only the embedded set does without list files."""
-
-    labeled: list[str]
-    unlabeled: list[str]  # empty for sup_only
-    val: list[str]
-
-
-def list_paths(config: Config) -> dict[str, Path | None]:
-    """The list files of a configuration, named as the fields of ``Lists``; None for the embedded set's own."""
-    train, val = config.dataset.train, config.dataset.val
-    paths = {"labeled": train.data_list, "unlabeled": train.unlabeled_list, "val": val.data_list}
-    return {name: None if path is None else Path(path) for name, path in paths.items()}
-
-
-def read_lists(config: Config, training: bool = True) -> Lists:
-    """The lists that a configuration names, or those of the embedded set where it names none.
-
-    Args:
-        training: False reads the validation list alone.
-
-    Raises:
-        UserError: every list that cannot be read.
-    """
-    shapes = config.dataset.shapes
-    embedded = {
-        "labeled": (0, shapes.labeled),
-        "unlabeled": (shapes.labeled, shapes.unlabeled),
-        "val": (_SHAPES_VAL, shapes.val),
-    }
-    lists: dict[str, list[str]] = {"labeled": [], "unlabeled": [], "val": []}
-    wanted = ["val"]
-    if training:
-        wanted += ["labeled"] if config.trainer.unsupervised is None else ["labeled", "unlabeled"]
-    paths, together = list_paths(config), Together()
-    for name in wanted:
-        lists[name] = shapes_names(*embedded[name]) if paths[name] is None else together(read_list, paths[name])
-    together.finish()
-    return Lists(**lists)
-
-
-def open_source(config: Config, root: str | None) -> FileSource | ShapesSource:
-    """Where the images of a configuration lie. ``root``: the folder of a file data set."""
-    dataset = config.dataset
-    if dataset.type == "shapes":
-        return ShapesSource(dataset.shapes.seed, dataset.shapes.size)
-    return FileSource(dataset.type, Path(root), CATALOGS[dataset.type], dataset.ignore_label)
-
-
-def val_root(config: Config) -> str | None:
-    """The folder of the validation images."""
-    return config.dataset.val.data_root or config.dataset.train.data_root
 
 
 def oversample(count: int, wanted: int, seed: int) -> list[int]:
@@ -121,6 +65,7 @@ class EpochSampler(Sampler):
         self.seed, self.stream = seed, _STREAMS[stream]
         self.rank, self.world, self.drop_last = rank, world, drop_last
         self.epoch = 0
+        self.start = 0  # batches to leave out
 
     def __iter__(self) -> Iterator[list[Draw]]:
         count, first = len(self.items), self.epoch * self.size
@@ -133,8 +78,8 @@ class EpochSampler(Sampler):
             Draw(self.items[order[position % self.size]], (self.seed, self.stream, self.epoch, position))
             for position in range(self.rank, per_rank * self.world, self.world)
         ]
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield draws[start : start + self.batch_size]
+        for batch in range(self.start, len(self)):
+            yield draws[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def __len__(self) -> int:
         """Iterations per epoch."""
@@ -156,7 +101,9 @@ class TrainingData:
 
     def __init__(self, config: Config, lists: Lists, seed: int, rank: int, world: int) -> None:
         train, workers = config.dataset.train, config.dataset.workers
-        source = open_source(config, train.data_root)
+        source = open_source(config.dataset, train.data_root)
+        if config.dataset.cache and isinstance(source, FileSource):
+            source = CachedSource(source, [*lists.labeled, *lists.unlabeled], lists.labeled)
         geometry = Geometry(
             train.resize_base_size,
             train.rand_resize,
@@ -167,7 +114,8 @@ class TrainingData:
         )
         strong = train.strong_aug
         strong_labeled = strong.num_augs if strong is not None and strong.labeled else None
-        labeled = LabeledSet(source, lists.labeled, geometry, strong_labeled)
+        skip = config.dataset.on_error == "skip"
+        labeled = LabeledSet(source, lists.labeled, geometry, strong_labeled, skip)
         count, pool = len(lists.labeled), len(lists.unlabeled)
         items, size = list(range(count)), train.epoch_size or count
         if pool and train.epoch_size is None:
@@ -180,7 +128,8 @@ class TrainingData:
         self.labeled = _loader(labeled, self.labeled_sampler, workers)
         self.unlabeled = None
         if pool:
-            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, None if strong is None else strong.num_augs)
+            num_augs = None if strong is None else strong.num_augs
+            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, num_augs, skip)
             self.unlabeled_sampler = EpochSampler(
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )
@@ -200,25 +149,33 @@ class TrainingData:
         whole, rest = divmod(len(self.labeled_sampler), self.accumulate)
         return whole + (not self.drop_last and rest > 0)
 
-    def epoch(self, number: int, unlabeled: bool) -> Iterator[list[dict[str, Tensor]]]:
-        """Batches of one epoch, update by update; without ``unlabeled`` the unlabeled images are not read."""
-        batches = self._batches(number, unlabeled)
-        for _ in range(len(self)):
+    def epoch(self, number: int, unlabeled: bool, done: int = 0) -> Iterator[list[dict[str, Any]]]:
+        """Batches of one epoch, update by update.
+
+        Where broken images are skipped, a batch has a list ``skipped``: what was wrong, for each image replaced.
+
+        Args:
+            unlabeled: False leaves the unlabeled images unread.
+            done: updates to leave out at the start; their images are not read.
+        """
+        batches = self._batches(number, unlabeled, done * self.accumulate)
+        for _ in range(done, len(self)):
             yield list(itertools.islice(batches, self.accumulate))
 
-    def _batches(self, number: int, unlabeled: bool) -> Iterator[dict[str, Tensor]]:
-        self.labeled_sampler.epoch = number
+    def _batches(self, number: int, unlabeled: bool, start: int) -> Iterator[dict[str, Any]]:
+        self.labeled_sampler.epoch, self.labeled_sampler.start = number, start
         if not unlabeled:
             yield from _clear_errors(self.labeled)
             return
-        self.unlabeled_sampler.epoch = number
+        self.unlabeled_sampler.epoch, self.unlabeled_sampler.start = number, start
         for first, second in zip(_clear_errors(self.labeled), _clear_errors(self.unlabeled), strict=True):
-            yield first | second
+            skipped = first.get("skipped", []) + second.get("skipped", [])
+            yield first | second | ({"skipped": skipped} if skipped else {})
 
 
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:
     """This rank's share of the validation images, every image once over all ranks, as lists of (image, label)."""
-    dataset = EvaluationSet(open_source(config, val_root(config)), names[rank::world])
+    dataset = EvaluationSet(open_source(config.dataset, val_root(config)), names[rank::world])
     return DataLoader(dataset, config.dataset.val.batch_size, num_workers=config.dataset.workers, collate_fn=list)
 
 
@@ -252,5 +209,5 @@ def _clear_errors(loader: DataLoader) -> Iterator:
     """The loader's batches; a mistake in the data leaves a worker without the worker's traceback."""
     try:
         yield from loader
-    except UserError as error:
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    except DataError as error:
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None

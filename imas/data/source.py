@@ -2,64 +2,182 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from ..schema import Dataset
 from ..strict import UserError
-from . import shapes
-from .catalog import CITYSCAPES_IDS, Catalog, cityscapes_files, pascal_files
+from . import folder, shapes
+from .catalog import CITYSCAPES_IDS, cityscapes_files, pascal_files
 
-FILES = {"pascal": pascal_files, "cityscapes": cityscapes_files}
+
+class Source(Protocol):
+    """Images and masks by name."""
+
+    def image(self, name: str) -> Image.Image:
+        """RGB."""
+
+    def mask(self, name: str) -> Image.Image:
+        """Mode L, of the same size: class numbers and the ignore label."""
+
+    def missing(self, names: list[str], masks: bool) -> list[Path]:
+        """Files of these names that do not exist."""
+
+
+class DataError(UserError):
+    """A file that cannot be used, by name."""
+
+
+def open_source(dataset: Dataset, root: str | None) -> Source:
+    """The images and masks of a configuration. ``root``: the folder of a file data set."""
+    if dataset.type == "shapes":
+        return ShapesSource(dataset.shapes.seed, dataset.shapes.size)
+    if dataset.type == "folder":
+        options = dataset.folder
+        files = partial(folder.files, options)
+        palette = None
+        if options.palette is not None:
+            palette = dict(zip(options.palette, range(len(options.palette))))
+            palette |= {} if options.ignore_colour is None else {options.ignore_colour: dataset.ignore_label}
+        decode = partial(labels_of_colours, palette) if palette else binary_labels if options.binary else index_labels
+        return FileSource(files, Path(root), len(options.class_names), dataset.ignore_label, decode)
+    if dataset.type == "pascal":
+        return FileSource(pascal_files, Path(root), 21, dataset.ignore_label)
+    return FileSource(
+        cityscapes_files, Path(root), 19, dataset.ignore_label, partial(cityscapes_labels, dataset.ignore_label)
+    )
 
 
 class FileSource:
     """Images and masks of a folder.
 
     Args:
-        layout: a key of ``FILES``.
+        files: (root, name) → (image, mask), the paths of a list line.
         root: the data set's folder.
-        catalog: its classes, to check masks against.
-        ignore_index: the mask value to leave out.
+        num_classes, ignore_index: what a mask may hold.
+        decode: (path, image as stored) → (H, W) uint8 labels.
     """
 
-    def __init__(self, layout: str, root: Path, catalog: Catalog, ignore_index: int) -> None:
-        self.files = FILES[layout]
-        self.root = root
-        self.num_classes = len(catalog.class_names)
-        self.ignore_index = ignore_index
-        ids = np.full(256, ignore_index, dtype=np.uint8)
-        ids[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
-        self._train_ids = ids
+    def __init__(
+        self,
+        files: Callable[[Path, str], tuple[Path, Path]],
+        root: Path,
+        num_classes: int,
+        ignore_index: int,
+        decode: Callable[[Path, Image.Image], np.ndarray] | None = None,
+    ) -> None:
+        self.files, self.root = files, root
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.decode = decode or index_labels
 
     def image(self, name: str) -> Image.Image:
-        """The RGB image of a list line."""
+        """The RGB image of a list line, upright. Alpha is dropped, 16-bit grey is scaled to 8 bits."""
         path = self.files(self.root, name)[0]
-        return _opened(path).convert("RGB")
+        image = _opened(path)
+        if image.mode == "RGB":
+            return image
+        if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+            grey = np.asarray(image)
+            if grey.max(initial=0) > 65535 or grey.min(initial=0) < 0:
+                raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got values up to {grey.max()}")
+            return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+        if image.mode == "F":
+            raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got floating-point values")
+        return image.convert("RGB")
 
     def mask(self, name: str) -> Image.Image:
-        """The mask of a list line, mode L. UserError if it has values that are neither classes nor ignored."""
+        """The mask of a list line, mode L. DataError if it has values that are neither classes nor ignored."""
         path = self.files(self.root, name)[1]
-        mask = _opened(path)
-        if mask.mode not in ("L", "P"):
-            raise UserError(f"{path}: expected a mask of one 8-bit channel (class numbers), got mode {mask.mode}")
-        labels = np.asarray(mask)
-        if path.stem.endswith("_labelIds"):
-            labels = self._train_ids[labels]
-        foreign = (labels >= self.num_classes) & (labels != self.ignore_index)
-        if foreign.any():
-            values = ", ".join(map(str, np.unique(labels[foreign])))
-            raise UserError(
-                f"{path}: {int(foreign.sum())} pixels have the values {values}; expected classes "
-                f"0..{self.num_classes - 1} or {self.ignore_index} (ignored)"
+        mask = Image.fromarray(self.decode(path, _opened(path)))
+        counts = mask.histogram()
+        counts[self.ignore_index] = 0
+        if any(counts[self.num_classes :]):
+            foreign = [value for value in range(self.num_classes, 256) if counts[value]]
+            raise DataError(
+                f"{path}: {sum(counts[self.num_classes :])} pixels have the values {', '.join(map(str, foreign))}; "
+                f"expected classes 0..{self.num_classes - 1} or {self.ignore_index} (ignored)"
             )
-        return Image.fromarray(labels)
+        return mask
 
     def missing(self, names: list[str], masks: bool) -> list[Path]:
         """Files of these list lines that do not exist."""
         paths = [path for name in names for path in self.files(self.root, name)[: 2 if masks else 1]]
         return [path for path in paths if not path.is_file()]
+
+
+def index_labels(path: Path, image: Image.Image) -> np.ndarray:
+    """A mask whose pixel values are class numbers → (H, W) uint8. Palette PNGs count by index, not by colour; a grey
+    mask saved with three equal channels counts as grey.
+
+    Raises:
+        DataError: a colour picture, values above 255, or a JPEG, which changes values.
+    """
+    if image.format == "JPEG":
+        raise DataError(f"{path}: a JPEG cannot be a mask, since it changes values; save masks as PNG")
+    if image.mode in ("L", "P", "1"):
+        return np.asarray(image, dtype=np.uint8)
+    values = np.asarray(image)
+    if values.ndim == 3:
+        colours = values[..., : 1 if image.mode == "LA" else 3]
+        if (colours != colours[..., :1]).any():
+            raise DataError(
+                f"{path}: expected a mask of one channel (class numbers), got a colour picture of mode {image.mode}; "
+                "of own data, dataset.folder.palette says which colour is which class"
+            )
+        return colours[..., 0].astype(np.uint8)
+    if values.dtype.kind == "f" or values.max(initial=0) > 255 or values.min(initial=0) < 0:
+        raise DataError(f"{path}: expected class numbers in 0..255, got mode {image.mode}, values up to {values.max()}")
+    return values.astype(np.uint8)
+
+
+def cityscapes_labels(ignore_index: int, path: Path, image: Image.Image) -> np.ndarray:
+    """``index_labels``, through the standard map where the file has the raw labelIds."""
+    labels = index_labels(path, image)
+    if not path.stem.endswith("_labelIds"):
+        return labels
+    train_ids = np.full(256, ignore_index, dtype=np.uint8)
+    train_ids[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
+    return train_ids[labels]
+
+
+def binary_labels(path: Path, image: Image.Image) -> np.ndarray:
+    """A mask of 0 and 255 (or 0 and 1): (H, W) uint8 of 0 and 1.
+
+    Raises:
+        DataError: other values.
+    """
+    labels = index_labels(path, image)
+    values = np.unique(labels)
+    if not {0, 1, 255}.issuperset(values.tolist()):
+        raise DataError(f"{path}: dataset.folder.binary expects masks of 0 and 255, got {_first(values.tolist())}")
+    return (labels > 0).astype(np.uint8)
+
+
+def labels_of_colours(palette: dict[tuple[int, int, int], int], path: Path, image: Image.Image) -> np.ndarray:
+    """A colour mask → (H, W) uint8 class numbers.
+
+    Raises:
+        DataError: a colour that ``palette`` lacks, or a JPEG.
+    """
+    if image.format == "JPEG":
+        raise DataError(f"{path}: a JPEG cannot be a mask, since it changes colours; save masks as PNG")
+    red, green, blue = np.asarray(image.convert("RGB"), dtype=np.int32).transpose(2, 0, 1)
+    codes = red << 16 | green << 8 | blue
+    known = sorted((r << 16 | g << 8 | b, number) for (r, g, b), number in palette.items())
+    keys, numbers = (np.array(column) for column in zip(*known))
+    position = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
+    foreign = codes[keys[position] != codes]
+    if foreign.size:
+        colours = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in np.unique(foreign)]
+        raise DataError(
+            f"{path}: {foreign.size} pixels have colours that dataset.folder.palette lacks: {_first(colours)}"
+        )
+    return numbers[position].astype(np.uint8)
 
 
 class ShapesSource:
@@ -95,15 +213,24 @@ def shapes_names(first: int, count: int) -> list[str]:
 def _number(name: str) -> int:
     head, _, number = name.partition("/")
     if head != "shapes" or not number.isdigit():
-        raise UserError(f"{name!r} is not an image of the embedded set; expected shapes/NUMBER")
+        raise DataError(f"{name!r} is not an image of the embedded set; expected shapes/NUMBER")
     return int(number)
 
 
 def _opened(path: Path) -> Image.Image:
+    """An image as it is stored, turned upright by its EXIF orientation."""
     try:
         with Image.open(path) as image:
             image.load()
-            return image
+            form = image.format
+            upright = ImageOps.exif_transpose(image)
+            upright.format = form
+            return upright
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as an image ({error})"
-        raise UserError(f"{path}: {reason}") from None
+        raise DataError(f"{path}: {reason}") from None
+
+
+def _first(values: list, shown: int = 8) -> str:
+    more = f" and {len(values) - shown} more" if len(values) > shown else ""
+    return ", ".join(map(str, values[:shown])) + more

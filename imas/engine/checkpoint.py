@@ -111,6 +111,9 @@ class Continued(NamedTuple):
 
     epoch: int  # epochs done
     best: dict[str, float] | None  # best mIoU in percent of each network
+    step: int = 0  # updates done in the epoch after these
+    world: int = 1  # processes
+    partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
 
 
 def resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, seed: int) -> Continued:
@@ -135,8 +138,9 @@ def resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Op
     _load_momentum(optimizer, state.get("optimizer_state"), path)
     if not state.get("best"):
         log.warning("%s tells no best mIoU of ours: the best starts anew", path)
-    log.info("resumed after epoch %d from %s", state["epoch"] - 1, path)
-    return Continued(state["epoch"], state.get("best"))
+    step, world = state.get("step", 0), state.get("run", {}).get("processes", 1)
+    log.info("resumed after epoch %d%s from %s", state["epoch"] - 1, f" and {step} updates" if step else "", path)
+    return Continued(state["epoch"], state.get("best"), step, world, state.get("partial"))
 
 
 def _load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, path: Path) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import distributed
-from ..data.catalog import CATALOGS
-from ..data.loaders import Lists, evaluation_batches, evaluation_loader
+from ..data.catalog import catalog_of
+from ..data.lists import Lists
+from ..data.loaders import evaluation_batches, evaluation_loader
 from ..data.normalise import Normalise
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
@@ -88,7 +89,7 @@ class Evaluation:
 
     def __init__(self, config: Config, lists: Lists, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.catalog = CATALOGS[config.dataset.type]
+        self.catalog = catalog_of(config.dataset)
         self.normalise = Normalise(config.dataset.mean, config.dataset.std, device)
         self.loader = evaluation_loader(config, lists.val, distributed.rank(), distributed.world_size())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,11 +12,15 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from .. import distributed
-from ..data.loaders import Lists, TrainingData
+from ..data.lists import Lists
+from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
+from ..data.source import DataError
+from ..data.splits import describe_lists
 from ..methods.base import Batch, Method, Progress
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
+from ..strict import UserError
 from . import checkpoint, provenance
 from .evaluate import Evaluation, format_table
 from .log import RunLog
@@ -42,7 +46,10 @@ class Run:
     optimizer: torch.optim.Optimizer
     description: dict  # what, with what, on what: see ``provenance``
     epoch: int = 0  # epochs done
+    step: int = 0  # updates done in the epoch after these
     best: dict[str, float] | None = None  # best mIoU in percent of each network
+    meter: Meter = field(default_factory=Meter)  # of the epoch
+    scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
 
 
 def fit(
@@ -70,13 +77,14 @@ def fit(
     optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer, lr_factor(config, world))
     run = Run(config, lists, seed, device, method, data, optimizer, provenance.describe(config, lists, seed, world))
     if continued is not None:
-        run.epoch, run.best = checkpoint.resume(continued, method.networks(), optimizer, seed)
+        _take_up(run, checkpoint.resume(continued, method.networks(), optimizer, seed))
     wrapped = distributed.wrap(method, device, config.net.sync_bn)
     run_log = RunLog(config.log_dir, config.saver.use_tb, run.epoch)
     evaluation = Evaluation(config, lists, device)
     epochs = config.trainer.epochs
     if distributed.is_main():
         provenance.record(config, run.description)
+    log.info(describe_lists(lists.labeled, lists.unlabeled, lists.val))
     log.info(
         "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations, batch %d on %d process(es), %s",
         len(lists.labeled), len(lists.unlabeled), len(lists.val), epochs, len(data),
@@ -84,14 +92,22 @@ def fit(
     )  # fmt: skip
 
     bar = tqdm(
-        total=epochs * len(data), initial=run.epoch * len(data), unit="it", leave=False, dynamic_ncols=True,
+        total=epochs * len(data), initial=run.epoch * len(data) + run.step, unit="it", leave=False, dynamic_ncols=True,
         mininterval=1.0, disable=not distributed.is_main(),
     )  # fmt: skip
     matrices: dict[str, ConfusionMatrix] = {}
     for epoch in range(run.epoch, epochs):
-        row = _train_epoch(run, wrapped, run_log, bar, epoch)
+        try:
+            row = _train_epoch(run, wrapped, run_log, bar, epoch)
+        except DataError:
+            if distributed.is_main():
+                _save(run, False)
+                log.info(
+                    "saved after %d updates of epoch %d: %s", run.step, epoch, config.snapshot_dir / checkpoint.LAST
+                )
+            raise
         evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
-        run.epoch = epoch + 1
+        run.epoch, run.step, run.meter, run.scores = epoch + 1, 0, Meter(), []
         if evaluates:
             bar.clear()
             distributed.same_buffers(method)
@@ -117,9 +133,9 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
     config, method, length = run.config, run.method, len(run.data)
     normalise = Normalise(config.dataset.mean, config.dataset.std, run.device)
     log_every = max(10, length // _LOGS_PER_EPOCH)
-    meter, scores = Meter(), []
+    replaced: dict[str, int] = {}
     method.train()
-    for step, batches in enumerate(run.data.epoch(epoch, method.needs_unlabeled(epoch))):
+    for step, batches in enumerate(run.data.epoch(epoch, method.needs_unlabeled(epoch), run.step), run.step):
         iteration = epoch * length + step
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(
@@ -128,6 +144,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
         run.optimizer.zero_grad(set_to_none=True)
         outputs = []
         for number, tensors in enumerate(batches):
+            _count(tensors.pop("skipped", []), replaced)
             batch = _to_device(tensors, normalise, run.device)
             generator = _generator(run.seed, iteration * config.trainer.accumulate + number)
             progress = Progress(epoch, iteration, length, generator)
@@ -136,23 +153,28 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
                 (output.loss / len(batches)).backward()
             outputs.append(output.scalars)
             if output.score is not None:
-                scores.append((batch.index, output.score))
+                run.scores.append((batch.index, output.score))
         run.optimizer.step()
         method.after_step(progress)
+        run.step = step + 1
 
-        meter.add(_means(outputs))
+        run.meter.add(_means(outputs))
         bar.update()
         logs = (iteration + 1) % log_every == 0
         if logs or step + 1 == length:
-            window = meter.window(iteration)
+            window = run.meter.window(iteration)
         if logs:
             window |= {f"lr_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
             run_log.scalars(window, iteration)
             bar.clear()
             figures = ", ".join(f"{name} {value:.5f}" for name, value in window.items())
             log.info("epoch %d, iteration %d/%d: %s", epoch, step + 1, length, figures)
-    _write_scores(run_log, run.lists.unlabeled, scores, epoch)
-    return meter.means()
+    if replaced:
+        log.warning(
+            "epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, sum(replaced.values())
+        )
+    _write_scores(run_log, run.lists.unlabeled, run.scores, epoch)
+    return run.meter.means()
 
 
 def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) -> tuple[dict[str, float], bool]:
@@ -195,6 +217,7 @@ def _report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluati
 def _save(run: Run, improved: bool) -> None:
     state = {
         "epoch": run.epoch,
+        "step": run.step,
         **checkpoint.network_states(run.method.networks()),
         "optimizer_state": run.optimizer.state_dict(),
         "best_miou": None if run.best is None else next(iter(run.best.values())),
@@ -203,6 +226,10 @@ def _save(run: Run, improved: bool) -> None:
         "config": run.config.to_dict(),
         "run": run.description,
     }
+    if run.step and distributed.world_size() == 1:  # the other ranks' part of the epoch is not known here
+        if run.meter.waiting:
+            run.meter.window(run.epoch * len(run.data) + run.step - 1)
+        state["partial"] = {"metrics": run.meter.read, "scores": [[x.cpu() for x in pair] for pair in run.scores]}
     if improved:  # first: a run that is cut off in between repeats the epoch
         checkpoint.save(state, run.config.snapshot_dir / checkpoint.BEST)
     checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST)
@@ -212,6 +239,27 @@ def _means(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     if len(scalars) == 1:
         return scalars[0]
     return {name: torch.stack([each[name] for each in scalars]).mean() for name in scalars[0]}
+
+
+def _take_up(run: Run, continued: checkpoint.Continued) -> None:
+    """Go on where a checkpoint stands."""
+    if continued.step > len(run.data) or (continued.step and continued.world != distributed.world_size()):
+        raise UserError(
+            f"the checkpoint is from within an epoch of another number of processes ({continued.world}) or another "
+            "batch; continue it with those"
+        )
+    run.epoch, run.step, run.best = continued.epoch, continued.step, continued.best
+    if continued.partial is not None:
+        run.meter.read = continued.partial["metrics"]
+        run.scores = [(index.to(run.device), score.to(run.device)) for index, score in continued.partial["scores"]]
+
+
+def _count(skipped: list[str], replaced: dict[str, int]) -> None:
+    """Note broken images; each is named once."""
+    for problem in filter(None, skipped):
+        if problem not in replaced:
+            log.warning("replaced by another sample: %s", problem)
+        replaced[problem] = replaced.get(problem, 0) + 1
 
 
 def _to_device(tensors: dict[str, Tensor], normalise: Normalise, device: torch.device) -> Batch:

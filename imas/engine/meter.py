@@ -44,10 +44,10 @@ class Meter:
                     f"iteration {first + offset}: {' and '.join(bad)} (all: {every}). The last checkpoint is from "
                     "before; a lower trainer.optimizer.kwargs.lr, or a look at the data, may help."
                 )
-        mean = distributed.sum_over_ranks(values.mean(0)) / distributed.world_size()
-        self.read += [dict(zip(names, mean.tolist()))] * len(values)
+        values = distributed.sum_over_ranks(values) / distributed.world_size()
+        self.read += [dict(zip(names, step)) for step in values.tolist()]
         self.waiting.clear()
-        return dict(zip(names, mean.tolist()))
+        return dict(zip(names, values.mean(0).tolist()))
 
     def means(self) -> dict[str, float]:
         """Means over the epoch."""

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from .. import distributed
-from ..data.loaders import Lists, list_paths
+from ..data.lists import Lists, list_paths
 from ..data.splits import digest
 from ..schema import Config
 from .optim import total_batch

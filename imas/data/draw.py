@@ -1,0 +1,176 @@
+"""New split lists for own data, drawn from a seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ..schema import Folder
+from ..strict import UserError
+from . import folder
+from .source import FileSource
+from .splits import digest, need_folder, write_list
+
+
+def own_masks(images: Path | None, masks: Path, suffix: str = "") -> FileSource:
+    """The masks of own data, named as ``folder.files`` says.
+
+    Args:
+        images: the image folder; None for a list alone.
+
+    Raises:
+        UserError: a folder that does not exist.
+    """
+    need_folder(masks)
+    options = Folder(("0", "1"), "" if images is None else str(images), str(masks), suffix)
+    return FileSource(partial(folder.files, options), Path(), num_classes=255, ignore_index=255)
+
+
+def own_images(images: Path, masks: FileSource | None) -> list[str]:
+    """Paths below the folder of all its images, sorted. Masks that lie among them are none.
+
+    Raises:
+        UserError: a folder that does not exist, or has no image.
+    """
+    need_folder(images)
+    names = sorted(itertools.chain(*folder.find(Folder(("0", "1"), str(images)), Path())))
+    if masks is not None:
+        used = {masks.files(masks.root, name)[1] for name in names}
+        names = [name for name in names if images / name not in used]
+    if not names:
+        raise UserError(f"{images}: no image in it; expected files {', '.join(folder.IMAGES)}")
+    return names
+
+
+def draw_splits(
+    out: Path,
+    names: list[str],
+    labeled: str,
+    val: str | None = None,
+    *,
+    seed: int = 0,
+    masks: FileSource | None = None,
+    stratify: bool = False,
+    force: bool = False,
+) -> None:
+    """Draw ``labeled.txt``, ``unlabeled.txt`` and, with ``val``, ``val.txt`` into a folder; print what they are.
+
+    Args:
+        names: what to draw from.
+        labeled, val: how many images, as a count or as a fraction of all names: "100", "0.1", "1/16".
+        seed: same seed, same lists; at least 0.
+        masks: only images that have one become labeled or val. None: every image may.
+        stratify: every class that occurs is to appear in labeled and in val (see ``drawn``). Needs ``masks``.
+
+    Raises:
+        UserError: counts that cannot be had; masks that cannot be read; existing lists, without ``force``.
+    """
+    if seed < 0:
+        raise UserError(f"--seed {seed}: expected 0 or more")
+    names = sorted(set(names))
+    usable = names if masks is None else [name for name in names if masks.files(masks.root, name)[1].is_file()]
+    if not usable:
+        looked = masks.files(masks.root, names[0])[1]
+        raise UserError(f"none of the {len(names)} images has a mask; that of {names[0]} would be {looked}")
+    count = _amount("--labeled", labeled, len(names))
+    held_out = 0 if val is None else _amount("--val", val, len(names))
+    kinds = ["labeled", *(["unlabeled"] if count + held_out < len(names) else []), *(["val"] if held_out else [])]
+    _refuse_existing(out, set(kinds), force)
+    if count + held_out > len(usable):
+        have = "" if masks is None else f" that have a mask, of {len(names)} in all"
+        raise UserError(f"{count} labeled and {held_out} val images are more than the {len(usable)} images{have}")
+    classes = None
+    if stratify:
+        if masks is None:
+            raise UserError("--stratify reads masks: name their folder with --masks")
+        with ThreadPoolExecutor(8) as pool:
+            classes = dict(zip(usable, pool.map(partial(_classes, masks), usable)))
+    lists = drawn(usable, count, held_out, seed, classes)
+    taken = {name for part in lists.values() for name in part}
+    lists["unlabeled"] = [name for name in names if name not in taken]
+    with_mask = "" if masks is None else f", {len(usable)} with a mask"
+    print(f"{len(names)} images{with_mask}; seed {seed}{', stratified' if stratify else ''}")
+    for kind in kinds:
+        write_list(out / f"{kind}.txt", lists[kind])
+        print(f"{out / f'{kind}.txt'}  {len(lists[kind])} images, sha256 {digest(lists[kind])}")
+    if "unlabeled" not in kinds:
+        print("no image is left to be unlabeled: the lists are for methods that need none")
+    if classes is not None:
+        occurring = set().union(*classes.values())
+        for kind in ("labeled", "val") if held_out else ("labeled",):
+            absent = occurring.difference(*(classes[name] for name in lists[kind]))
+            if absent:
+                print(f"{kind}: no image could be had of these classes: {', '.join(map(str, sorted(absent)))}")
+
+
+def drawn(
+    names: list[str], labeled: int, val: int, seed: int, classes: dict[str, set[int]] | None = None
+) -> dict[str, list[str]]:
+    """Two disjoint samples, "labeled" and "val", sorted.
+
+    Without ``classes``, val does not depend on the number of labeled images, and a smaller labeled sample of the same
+    seed is part of a larger one. With ``classes``, each sample starts with one image of every class, labeled before
+    val and the rarest class first, as far as its size allows; chance fills the rest.
+
+    Args:
+        classes: of each name, what its mask shows.
+    """
+    order = np.random.default_rng(seed).permutation(names).tolist()
+    lists: dict[str, list[str]] = {"labeled": [], "val": []}
+    sizes = {"labeled": labeled, "val": val}
+    if classes is not None:
+        for kind, size in sizes.items():
+            lists[kind] = _cover(order, size, classes)
+            order = [name for name in order if name not in set(lists[kind])]
+    for kind in ("val", "labeled"):
+        wanted = sizes[kind] - len(lists[kind])
+        lists[kind] += order[:wanted]
+        order = order[wanted:]
+    return {kind: sorted(part) for kind, part in lists.items()}
+
+
+def _cover(order: list[str], size: int, classes: dict[str, set[int]]) -> list[str]:
+    """At most ``size`` names that show all classes, greedily: for the rarest that is not yet shown, the first name
+    that shows most of what is lacking.
+    """
+    frequency = Counter(number for name in order for number in sorted(classes[name]))
+    lacking, chosen = set(frequency), []
+    while lacking and len(chosen) < size:
+        rarest = min(lacking, key=lambda number: (frequency[number], number))
+        showing = (name for name in order if rarest in classes[name])
+        best = max(showing, key=lambda name: len(classes[name] & lacking))
+        chosen.append(best)
+        lacking -= classes[best]
+    return chosen
+
+
+def _classes(masks: FileSource, name: str) -> set[int]:
+    counts = masks.mask(name).histogram()
+    return {number for number in range(255) if counts[number]}
+
+
+def _amount(flag: str, text: str, total: int) -> int:
+    try:
+        value = Fraction(text) * (1 if text.isdecimal() else total)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"{flag} {text}: expected a count or a fraction, such as 100, 0.1 or 1/16") from None
+    if not 0 < value <= total:
+        raise UserError(f"{flag} {text}: expected at least 1 and at most all of the {total} images")
+    return max(1, round(value))
+
+
+def _refuse_existing(out: Path, kinds: set[str], force: bool) -> None:
+    existing = {kind for kind in ("labeled", "unlabeled", "val") if (out / f"{kind}.txt").exists()}
+    if existing and not force:
+        raise UserError(f"{out}: has {', '.join(sorted(existing))} lists already; --force replaces them")
+    if stale := existing - kinds:
+        raise UserError(
+            f"{out}: has {' and '.join(sorted(stale))} lists from before that would stay, and could share images with "
+            "the new ones: remove them, or choose another folder"
+        )
