@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(options.config, options.set)
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
+    distributed.read_launcher()
     start_logging()
     lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
     state = checkpoint.read(options.checkpoint)

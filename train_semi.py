@@ -24,7 +24,7 @@ from imas.data.check import check_data
 from imas.data.doctor import Unhealthy, examine
 from imas.data.lists import Lists, read_lists
 from imas.data.loaders import TrainingData
-from imas.engine import checkpoint
+from imas.engine import checkpoint, lock
 from imas.engine.fit import fit
 from imas.engine.log import start_logging
 from imas.engine.memory import estimate_step
@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: expected 0 or more")
     config = load_config(options.config, options.set)
+    distributed.read_launcher()
     start_logging()
     if options.deterministic:
         repeat_bitwise()
@@ -79,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     with distributed.process_group() as device:
         method.to(device)
+        _lock = lock.hold(config.log_dir) if distributed.is_main() else None
         start_logging(config.log_dir)
         remark(config, distributed.world_size())
         fit(method, config, lists, seed=options.seed, device=device, continued=continued)
@@ -98,6 +100,9 @@ def prepare(config: Config, resume: str | None) -> tuple[Lists, Method, Path | N
     method = together(build_method, config, continued is None and start is None)
     if method is not None and start is not None:
         together(checkpoint.start_from, method.networks(), start)
+    if method is not None:
+        averages = {"SGD": 1, "adam": 2}[config.trainer.optimizer.type]
+        together(checkpoint.need_space, config.snapshot_dir, method.networks(), averages)
     together.finish()
     return lists, method, continued
 

@@ -4,35 +4,107 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .strict import UserError
+
 log = logging.getLogger("imas")
+
+_PATIENCE = timedelta(minutes=10)  # with a rank that does not come, or does not answer
+_AHEAD = 4  # iterations that no rank's host is ahead of another's
+_stop: int | None = None  # the announced iteration, where there is one process
+
+
+def read_launcher() -> None:
+    """Take rank, world size and address from SLURM, where ``srun`` and no other launcher has started this process."""
+    environment = os.environ
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if "RANK" in environment or tasks == 1:
+        return
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = str(tasks)
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
+    environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
+
+
+def _first_host(nodes: str) -> str:
+    """Of SLURM's short form of a list of nodes, such as ``gpu[03-05,07]``."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"SLURM_STEP_NODELIST {nodes}: scontrol cannot tell its hosts ({error}); set MASTER_ADDR"
+        ) from None
+    return shown.stdout.split()[0]
 
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Join the processes that ``torchrun`` started, if it did; gives this process's device.
+    """Join the processes that ``torchrun`` or ``srun`` started, if one did; gives this process's device.
 
     NCCL on CUDA, gloo on the CPU. The device follows LOCAL_RANK.
+
+    Raises:
+        UserError: too few GPUs, a port in use, a rank that does not come, ranks with other versions.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local}, but {platform.node()} has {torch.cuda.device_count()} GPU(s): start as many "
+                "processes a node as it has GPUs (NGPU, --nproc_per_node, --ntasks-per-node)"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        hint = (
+            "that port is in use: choose another MASTER_PORT (--rdzv-endpoint)"
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
+            else f"did all {os.environ['WORLD_SIZE']} ranks start, can they reach that address, does its port pass?"
+        )
+        raise UserError(f"rank {os.environ.get('RANK')} cannot join the others at {where}: {hint} ({reason})") from None
+    try:
+        _compare_versions()
         yield device
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistBackendError) or "gloo" in str(error)
+        if not lost:
+            raise
+        raise UserError(
+            f"rank {rank()} lost the others: one of them has ended, or did not answer for {_PATIENCE.seconds // 60} "
+            f"minutes; the cause stands in its output ({str(error).splitlines()[0]})"
+        ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _compare_versions() -> None:
+    """Ranks with other versions compute other things, or hang."""
+    mine = {"python": platform.python_version(), "torch": torch.__version__}
+    everyone = gather((platform.node(), mine))
+    if any(versions != mine for _, versions in everyone):
+        lines = "\n".join(f"  rank {number} on {host}: {versions}" for number, (host, versions) in enumerate(everyone))
+        raise UserError(f"the ranks have different versions:\n{lines}")
 
 
 def rank() -> int:
@@ -48,6 +120,28 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process logs and saves."""
     return rank() == 0
+
+
+def announce(iteration: int) -> None:
+    """Tell all ranks, from any of them, that they are to stop soon after this iteration, all before the same one."""
+    global _stop
+    if world_size() == 1:
+        _stop = iteration
+    else:
+        dist.distributed_c10d._get_default_store().compare_set("imas/stop", "", str(iteration + _AHEAD))
+
+
+def announced() -> int | None:
+    """The iteration before which all ranks stop, if one was announced."""
+    if world_size() == 1:
+        return _stop
+    store = dist.distributed_c10d._get_default_store()
+    return int(store.get("imas/stop")) if store.check(["imas/stop"]) else None
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is true on any rank."""
+    return flag if world_size() == 1 else bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
 
 
 def wrap(module: nn.Module, device: torch.device, sync_bn: bool) -> nn.Module:

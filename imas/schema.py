@@ -218,6 +218,7 @@ class Saver:
     snapshot_dir: str = "checkpoints"  # beside the YAML
     use_tb: bool = True
     auto_resume: bool = False
+    save_every: float | None = option(30.0, check=_POSITIVE)  # minutes between checkpoints within an epoch
     MEANINGLESS: ClassVar = {"pretrain": None}
 
 

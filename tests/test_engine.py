@@ -122,9 +122,10 @@ def test_checkpoints_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"ckpt\.pth: cannot be written \(disk full\)\. The last good checkpoint stays"):
         checkpoint.save({"model_state": {}, "epoch": 2}, path)
     assert checkpoint.read(path)["epoch"] == 1
+    assert list(path.parent.iterdir()) == [path]
 
 
 class _Evil:

@@ -21,8 +21,9 @@ from imas.build import build_method
 from imas.data.lists import Lists, read_lists
 from imas.data.loaders import TrainingData
 from imas.data.normalise import Normalise
+from imas.engine.fit import to_device
 from imas.engine.optim import build_optimizer, learning_rate, lr_factor, total_batch
-from imas.methods.base import Batch, Progress
+from imas.methods.base import Progress
 from imas.schema import Config
 from imas.strict import ConfigError
 
@@ -80,8 +81,7 @@ def test_shipped_experiments_step(path: Path, tmp_path: Path) -> None:
     method = build_method(config).train()
     epoch = config.trainer.sup_only_epoch
     (tensors,) = next(data.epoch(epoch, method.needs_unlabeled(epoch)))
-    normalise = Normalise(config.dataset.mean, config.dataset.std)
-    batch = Batch(**{name: normalise(x) if x.dtype == torch.uint8 else x for name, x in tensors.items()})
+    batch = to_device(tensors, Normalise(config.dataset.mean, config.dataset.std), torch.device("cpu"))
     step = method(batch, Progress(epoch, epoch * len(data), len(data), torch.Generator().manual_seed(0)))
     step.loss.backward()
     assert step.loss.isfinite()

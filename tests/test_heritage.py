@@ -208,7 +208,7 @@ def test_accumulated_gradients_are_those_of_one_batch(experiment: Experiment) ->
     config = load_config(experiment(trainer=TINY["trainer"] | {"unsupervised": None}, dataset=_labeled_only()))
     method = build_method(config).eval()
     tensors = next(TrainingData(config, read_lists(config), 0, 0, 1).epoch(0, False))[0]
-    images, labels = tensors["images"].float() / 255, tensors["labels"]
+    images, labels = tensors["images"].float() / 255, tensors["labels"].long()
 
     def gradients(parts: int) -> list[torch.Tensor]:
         method.zero_grad()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from ..schema import Config
 from ..strict import UserError
 from .cache import CachedSource
-from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet
+from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
 from .lists import Lists, val_root
 from .source import DataError, FileSource, open_source
 
@@ -194,6 +194,7 @@ def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: 
     return DataLoader(
         dataset,
         batch_sampler=sampler,
+        collate_fn=stacked,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,

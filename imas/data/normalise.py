@@ -21,5 +21,5 @@ class Normalise:
         self.std = torch.tensor(std, device=device).view(3, 1, 1) / unit
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 → (B, 3, H, W) float32."""
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
+        """(B, 3, H, W) uint8, in any order of memory → (B, 3, H, W) float32, contiguous."""
+        return images.contiguous().float().div_(255).sub_(self.mean).div_(self.std)

@@ -93,16 +93,14 @@ class FileSource:
     def mask(self, name: str) -> Image.Image:
         """The mask of a list line, mode L. DataError if it has values that are neither classes nor ignored."""
         path = self.files(self.root, name)[1]
-        mask = Image.fromarray(self.decode(path, _opened(path)))
-        counts = mask.histogram()
-        counts[self.ignore_index] = 0
-        if any(counts[self.num_classes :]):
-            foreign = [value for value in range(self.num_classes, 256) if counts[value]]
+        labels = self.decode(path, _opened(path))
+        foreign = (labels >= self.num_classes) & (labels != self.ignore_index)
+        if foreign.any():
             raise DataError(
-                f"{path}: {sum(counts[self.num_classes :])} pixels have the values {', '.join(map(str, foreign))}; "
+                f"{path}: {int(foreign.sum())} pixels have the values {_first(np.unique(labels[foreign]).tolist())}; "
                 f"expected classes 0..{self.num_classes - 1} or {self.ignore_index} (ignored)"
             )
-        return mask
+        return Image.fromarray(labels)
 
     def missing(self, names: list[str], masks: bool) -> list[Path]:
         """Files of these list lines that do not exist."""
@@ -222,10 +220,8 @@ def _opened(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            form = image.format
-            upright = ImageOps.exif_transpose(image)
-            upright.format = form
-            return upright
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as an image ({error})"
         raise DataError(f"{path}: {reason}") from None

@@ -41,31 +41,46 @@ def weak_view(
 ) -> tuple[Image.Image, Image.Image | None]:
     """Random resize, flip with probability 0.5, crop; image and mask alike. Without a mask the same draws are made.
 
+    Only what the crop needs is resized: up to two grey levels of rounding apart from the crop of a whole resized image.
+
     Args:
         image, mask: RGB and L of one size.
         base, scale: see ``resized_size``; no resize without a scale.
         crop: (height, width); smaller images are padded bottom and right first.
         crop_type: ``rand``, a uniform window, or ``center``.
     """
-    if scale is not None:
-        size = resized_size(*image.size, base, scale, rng)
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        mask = mask and mask.resize(size, Image.Resampling.NEAREST)
-    if flip and rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-        mask = mask and ImageOps.mirror(mask)
+    size = image.size if scale is None else resized_size(*image.size, base, scale, rng)
+    mirrored = flip and rng.random() < 0.5
+    (width, height), left, top = size, 0, 0
     if crop is not None:
         height, width = crop
-        padded = (max(image.width, width), max(image.height, height))
+        spare = (max(size[0] - width, 0), max(size[1] - height, 0))
         if crop_type == "rand":
-            left = int(rng.integers(padded[0] - width + 1))
-            top = int(rng.integers(padded[1] - height + 1))
+            left, top = int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))
         else:
-            left, top = (padded[0] - width) // 2, (padded[1] - height) // 2
-        box = (left, top, left + width, top + height)
-        image = _padded(image, padded, PAD_COLOUR).crop(box)
-        mask = mask and _padded(mask, padded, ignore_index).crop(box)
-    return image, mask
+            left, top = spare[0] // 2, spare[1] // 2
+    right, bottom = min(left + width, size[0]), min(top + height, size[1])
+    if mirrored:  # the window is one of the mirrored image, of which only the window itself gets mirrored
+        left, right = size[0] - right, size[0] - left
+
+    def view(whole: Image.Image, resample: Image.Resampling, fill: int | tuple[int, int, int]) -> Image.Image:
+        part = _resized_part(whole, size, (left, top, right, bottom), resample)
+        return _padded(ImageOps.mirror(part) if mirrored else part, (width, height), fill)
+
+    view_of_mask = mask and view(mask, Image.Resampling.NEAREST, ignore_index)
+    return view(image, Image.Resampling.BILINEAR, PAD_COLOUR), view_of_mask
+
+
+def _resized_part(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], resample: Image.Resampling
+) -> Image.Image:
+    """The part ``box`` (left, top, right, bottom) of the image resized to ``size``."""
+    if image.size == size:
+        return image.crop(box)
+    left, top, right, bottom = box
+    across, down = image.width / size[0], image.height / size[1]
+    source = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+    return image.resize((right - left, bottom - top), resample, source)
 
 
 def _padded(image: Image.Image, size: tuple[int, int], fill: int | tuple[int, int, int]) -> Image.Image:

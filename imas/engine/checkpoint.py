@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +17,55 @@ from ..strict import UserError
 
 log = logging.getLogger("imas")
 
-LAST, BEST = "ckpt.pth", "ckpt_best.pth"
+LAST, PREVIOUS, BEST = "ckpt.pth", "ckpt_prev.pth", "ckpt_best.pth"
+_FILES = 4  # that stand on the disk at once: these, and the one that is being written
 _STATES = {"student": "model_state", "teacher": "teacher_state"}
 _SHOWN = 6
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write to a temporary file beside ``path``, flush to the disk, rename: a reader sees the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write to a temporary file beside ``path``, flush to the disk, rename: a reader sees the old file or the new. The
+    last checkpoint before this one stays as ``ckpt_prev.pth``.
+
+    Raises:
+        UserError: a full disk, a folder that cannot be written to. What stood there before stays.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == LAST and path.is_file():
+            os.replace(path, path.with_name(PREVIOUS))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}). The last good checkpoint stays as it was") from None
+
+
+def need_space(folder: Path, networks: dict[str, nn.Module], averages: int) -> None:
+    """See that the checkpoints of a run will fit on the disk.
+
+    Args:
+        averages: running averages that the optimiser keeps of every trained parameter.
+
+    Raises:
+        UserError: they will not.
+    """
+    tensors = [tensor for network in networks.values() for tensor in network.state_dict().values()]
+    trained = [weight for network in networks.values() for weight in network.parameters() if weight.requires_grad]
+    size = sum(tensor.nbytes for tensor in tensors) + averages * sum(weight.nbytes for weight in trained)
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < _FILES * size:
+        raise UserError(
+            f"{there}: {free / 1e9:.1f} GB are free, but the checkpoints of this run need {_FILES * size / 1e9:.1f} GB "
+            f"({_FILES} files of {size / 1e9:.2f} GB)"
+        )
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -81,7 +118,8 @@ def to_continue(folder: Path, resume: str) -> Path | None:
     """
     last = folder / LAST
     if resume == "auto":
-        return last if last.is_file() else None
+        files = (last, folder / PREVIOUS)  # the latter alone where a run was killed between two renames
+        return next((path for path in files if path.is_file()), None)
     chosen = None if resume == "never" else Path(resume)
     if chosen is not None and not chosen.is_file():
         raise UserError(f"--resume {chosen}: no such file; expected auto, never or a checkpoint")
@@ -112,6 +150,7 @@ class Continued(NamedTuple):
     epoch: int  # epochs done
     best: dict[str, float] | None  # best mIoU in percent of each network
     step: int = 0  # updates done in the epoch after these
+    length: int | None = None  # updates of an epoch
     world: int = 1  # processes
     partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
 
@@ -125,7 +164,7 @@ def resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Op
     Raises:
         UserError: see ``read`` and ``load_network``; a checkpoint without its epoch, or of a run with another seed.
     """
-    state = read(path)
+    state, path = _read_or_previous(path)
     if state.get("seed", seed) != seed:
         raise UserError(
             f"{path}: that run had the seed {state['seed']}, this one has {seed}. Continue it with its own seed, or "
@@ -140,7 +179,20 @@ def resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Op
         log.warning("%s tells no best mIoU of ours: the best starts anew", path)
     step, world = state.get("step", 0), state.get("run", {}).get("processes", 1)
     log.info("resumed after epoch %d%s from %s", state["epoch"] - 1, f" and {step} updates" if step else "", path)
-    return Continued(state["epoch"], state.get("best"), step, world, state.get("partial"))
+    length = state.get("iterations_per_epoch")
+    return Continued(state["epoch"], state.get("best"), step, length, world, state.get("partial"))
+
+
+def _read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:
+    """A checkpoint; where it is torn or foreign, the one before it."""
+    try:
+        return read(path), path
+    except UserError as error:
+        previous = path.with_name(PREVIOUS)
+        if path.name != LAST or not previous.is_file():
+            raise
+        log.warning("%s\nusing the one before it: %s", error, previous)
+        return read(previous), previous
 
 
 def _load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ..schema import Config
 from ..strict import UserError
 from . import checkpoint, provenance
 from .evaluate import Evaluation, format_table
+from .interrupt import Interrupted, Interruption, interruptible
 from .log import RunLog
 from .meter import Meter
 from .optim import build_optimizer, learning_rate, lr_factor
@@ -50,6 +52,24 @@ class Run:
     best: dict[str, float] | None = None  # best mIoU in percent of each network
     meter: Meter = field(default_factory=Meter)  # of the epoch
     scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
+    interruption: Interruption = field(default_factory=Interruption)
+    saved: float = field(default_factory=time.monotonic)  # when
+
+    def stop_if_asked(self, iteration: int) -> None:
+        """Raise ``Interrupted`` where this iteration is not to begin."""
+        if self.interruption.stops_before(iteration):
+            raise Interrupted(
+                f"stopped before iteration {iteration} (epoch {self.epoch}) and saved; the same command with "
+                "--resume auto goes on from there"
+            )
+
+    def save_due(self) -> bool:
+        """Whether the last checkpoint is older than ``saver.save_every``, by the clock of rank 0."""
+        every = self.config.saver.save_every
+        if every is None:
+            return False
+        due = distributed.is_main() and time.monotonic() - self.saved > 60 * every
+        return distributed.any_rank(due, self.device)
 
 
 def fit(
@@ -76,8 +96,16 @@ def fit(
     data = TrainingData(config, lists, seed, distributed.rank(), world)
     optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer, lr_factor(config, world))
     run = Run(config, lists, seed, device, method, data, optimizer, provenance.describe(config, lists, seed, world))
+    with interruptible() as run.interruption:
+        _run_all(run, continued)
+
+
+def _run_all(run: Run, continued: Path | None) -> None:
+    """Every epoch, and what comes at its end."""
+    config, lists, method, data, device = run.config, run.lists, run.method, run.data, run.device
+    world = distributed.world_size()
     if continued is not None:
-        _take_up(run, checkpoint.resume(continued, method.networks(), optimizer, seed))
+        _take_up(run, checkpoint.resume(continued, method.networks(), run.optimizer, run.seed))
     wrapped = distributed.wrap(method, device, config.net.sync_bn)
     run_log = RunLog(config.log_dir, config.saver.use_tb, run.epoch)
     evaluation = Evaluation(config, lists, device)
@@ -100,11 +128,11 @@ def fit(
         try:
             row = _train_epoch(run, wrapped, run_log, bar, epoch)
         except DataError:
-            if distributed.is_main():
+            if world == 1:  # elsewhere the other ranks wait in the middle of an update
                 _save(run, False)
-                log.info(
-                    "saved after %d updates of epoch %d: %s", run.step, epoch, config.snapshot_dir / checkpoint.LAST
-                )
+            raise
+        except Interrupted:
+            _save(run, False)
             raise
         evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
         run.epoch, run.step, run.meter, run.scores = epoch + 1, 0, Meter(), []
@@ -117,7 +145,7 @@ def fit(
         # Rows come before the checkpoint: a run that is cut off between the two drops them when it resumes.
         run_log.metrics(row | {"epoch": epoch})
         run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
-        if evaluates and distributed.is_main():
+        if evaluates:
             _save(run, improved)
     bar.close()
     if not matrices:
@@ -137,6 +165,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
     method.train()
     for step, batches in enumerate(run.data.epoch(epoch, method.needs_unlabeled(epoch), run.step), run.step):
         iteration = epoch * length + step
+        run.stop_if_asked(iteration)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(
                 config.trainer.lr_scheduler, group["base_lr"], iteration, config.trainer.epochs * length, length
@@ -145,7 +174,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
         outputs = []
         for number, tensors in enumerate(batches):
             _count(tensors.pop("skipped", []), replaced)
-            batch = _to_device(tensors, normalise, run.device)
+            batch = to_device(tensors, normalise, run.device)
             generator = _generator(run.seed, iteration * config.trainer.accumulate + number)
             progress = Progress(epoch, iteration, length, generator)
             with distributed.gradients_shared(wrapped, number + 1 == len(batches)):
@@ -169,6 +198,9 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
             bar.clear()
             figures = ", ".join(f"{name} {value:.5f}" for name, value in window.items())
             log.info("epoch %d, iteration %d/%d: %s", epoch, step + 1, length, figures)
+            if run.save_due() and step + 1 < length:
+                _save(run, False)
+    run.stop_if_asked((epoch + 1) * length)
     if replaced:
         log.warning(
             "epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, sum(replaced.values())
@@ -215,9 +247,20 @@ def _report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluati
 
 
 def _save(run: Run, improved: bool) -> None:
+    """Write the checkpoint; called on all ranks, since each has a part of an epoch that is not done."""
+    partial = None
+    if run.step:
+        if run.meter.waiting:
+            run.meter.window(run.epoch * len(run.data) + run.step - 1)
+        scores = [(index.cpu(), score.cpu()) for index, score in run.scores]
+        partial = {"metrics": run.meter.read, "scores": distributed.gather(scores)}
+    run.saved = time.monotonic()
+    if not distributed.is_main():
+        return
     state = {
         "epoch": run.epoch,
         "step": run.step,
+        "iterations_per_epoch": len(run.data),
         **checkpoint.network_states(run.method.networks()),
         "optimizer_state": run.optimizer.state_dict(),
         "best_miou": None if run.best is None else next(iter(run.best.values())),
@@ -225,14 +268,14 @@ def _save(run: Run, improved: bool) -> None:
         "seed": run.seed,
         "config": run.config.to_dict(),
         "run": run.description,
+        "partial": partial,
     }
-    if run.step and distributed.world_size() == 1:  # the other ranks' part of the epoch is not known here
-        if run.meter.waiting:
-            run.meter.window(run.epoch * len(run.data) + run.step - 1)
-        state["partial"] = {"metrics": run.meter.read, "scores": [[x.cpu() for x in pair] for pair in run.scores]}
     if improved:  # first: a run that is cut off in between repeats the epoch
         checkpoint.save(state, run.config.snapshot_dir / checkpoint.BEST)
     checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST)
+    if run.step:
+        path = run.config.snapshot_dir / checkpoint.LAST
+        log.info("saved after %d updates of epoch %d: %s", run.step, run.epoch, path)
 
 
 def _means(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -243,15 +286,22 @@ def _means(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _take_up(run: Run, continued: checkpoint.Continued) -> None:
     """Go on where a checkpoint stands."""
-    if continued.step > len(run.data) or (continued.step and continued.world != distributed.world_size()):
+    world, length = distributed.world_size(), len(run.data)
+    if continued.step and (continued.world, continued.length) != (world, length):
         raise UserError(
-            f"the checkpoint is from within an epoch of another number of processes ({continued.world}) or another "
-            "batch; continue it with those"
+            f"the checkpoint is from within an epoch of {continued.length} iterations on {continued.world} process(es); "
+            f"this run has {length} on {world}. Continue it as it was, or from the end of an epoch"
         )
+    if continued.epoch and continued.world != world:
+        log.warning(
+            "the run was on %d process(es) until now and goes on with %d: it is no longer bitwise the same run",
+            continued.world, world,
+        )  # fmt: skip
     run.epoch, run.step, run.best = continued.epoch, continued.step, continued.best
     if continued.partial is not None:
         run.meter.read = continued.partial["metrics"]
-        run.scores = [(index.to(run.device), score.to(run.device)) for index, score in continued.partial["scores"]]
+        mine = continued.partial["scores"][distributed.rank()]
+        run.scores = [(index.to(run.device), score.to(run.device)) for index, score in mine]
 
 
 def _count(skipped: list[str], replaced: dict[str, int]) -> None:
@@ -262,11 +312,11 @@ def _count(skipped: list[str], replaced: dict[str, int]) -> None:
         replaced[problem] = replaced.get(problem, 0) + 1
 
 
-def _to_device(tensors: dict[str, Tensor], normalise: Normalise, device: torch.device) -> Batch:
+def to_device(tensors: dict[str, Tensor], normalise: Normalise, device: torch.device) -> Batch:
+    """A batch of the loader on the device, images normalised, labels as int64."""
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return Batch(
-        **{name: normalise(tensor) if tensor.dtype == torch.uint8 else tensor for name, tensor in moved.items()}
-    )
+    normalised = {name: normalise(tensor) for name, tensor in moved.items() if tensor.dim() == 4}
+    return Batch(**moved | normalised | {"labels": moved["labels"].long()})
 
 
 def _generator(seed: int, batch: int) -> torch.Generator:

@@ -1,0 +1,37 @@
+"""One live run a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+from pathlib import Path
+from typing import TextIO
+
+from ..strict import UserError
+
+
+def hold(folder: Path) -> TextIO:
+    """Make the folder and lock it, for as long as the file that this gives stays open; it tells host and pid.
+
+    The lock is the kernel's and goes with this process, however it ends; worker processes do not inherit it.
+
+    Raises:
+        UserError: another live run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 closed with the process
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"{folder}: in use by another live run ({holder}). Stop that one, or put this YAML into a folder of its own"
+        ) from None
+    file.seek(0)
+    file.truncate()
+    file.write(f"host {platform.node()}, pid {os.getpid()}\n")
+    file.flush()
+    return file
