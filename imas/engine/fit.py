@@ -289,7 +289,7 @@ def _take_up(run: Run, continued: checkpoint.Continued) -> None:
     world, length = distributed.world_size(), len(run.data)
     if continued.step and (continued.world, continued.length) != (world, length):
         raise UserError(
-            f"the checkpoint is from within an epoch of {continued.length} iterations on {continued.world} process(es); "
+            f"that checkpoint is from an epoch of {continued.length} iterations on {continued.world} process(es), "
             f"this run has {length} on {world}. Continue it as it was, or from the end of an epoch"
         )
     if continued.epoch and continued.world != world:
