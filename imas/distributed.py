@@ -21,7 +21,7 @@ log = logging.getLogger("imas")
 
 _PATIENCE = timedelta(minutes=10)  # with a rank that does not come, or does not answer
 _AHEAD = 4  # iterations that no rank's host is ahead of another's
-_stop: int | None = None  # the announced iteration, where there is one process
+_store: dist.Store | None = None  # of the processes, while they are joined
 
 
 def read_launcher() -> None:
@@ -72,9 +72,13 @@ def process_group() -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
+    global _store
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        store, number, world = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        _store = dist.PrefixStore(f"attempt {_attempt()}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store, rank=number, world_size=world, timeout=_PATIENCE)
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         hint = (
@@ -96,6 +100,13 @@ def process_group() -> Iterator[torch.device]:
         ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """Which restart of torchrun this is. On one node all of them share a store, and what the last one left in it would
+    stop or hang this one; several nodes make a new store each time, and count by themselves.
+    """
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
 
 
 def _compare_versions() -> None:
@@ -124,19 +135,12 @@ def is_main() -> bool:
 
 def announce(iteration: int) -> None:
     """Tell all ranks, from any of them, that they are to stop soon after this iteration, all before the same one."""
-    global _stop
-    if world_size() == 1:
-        _stop = iteration
-    else:
-        dist.distributed_c10d._get_default_store().compare_set("imas/stop", "", str(iteration + _AHEAD))
+    _store.compare_set("imas/stop", "", str(iteration + _AHEAD))
 
 
 def announced() -> int | None:
     """The iteration before which all ranks stop, if one was announced."""
-    if world_size() == 1:
-        return _stop
-    store = dist.distributed_c10d._get_default_store()
-    return int(store.get("imas/stop")) if store.check(["imas/stop"]) else None
+    return int(_store.get("imas/stop")) if _store.check(["imas/stop"]) else None
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

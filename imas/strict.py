@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import math
 import sys
 import types
@@ -19,6 +20,8 @@ from typing import Any
 
 import yaml
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
 
 class UserError(Exception):
     """Something that the person at the keyboard can mend: one message, no traceback, an exit status."""
@@ -27,12 +30,19 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call a script's ``main``; a ``UserError`` becomes its message on stderr and its exit status."""
+    """Call a script's ``main``; a ``UserError``, or a disk that takes no more, becomes a message on stderr and an exit
+    status.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"error: {error.filename or 'the output folder'}: cannot be written ({error.strerror})", file=sys.stderr)
+        sys.exit(UserError.status)
 
 
 class Together:

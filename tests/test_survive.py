@@ -1,0 +1,349 @@
+"""Interruptions of every kind: the run is the same run. And several processes: the same numbers."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, run, start
+
+from benchmarks import survive
+from imas import distributed
+from imas.engine import checkpoint, lock
+from imas.engine.interrupt import interruptible
+from imas.strict import UserError
+
+Experiment = Callable[..., Path]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+LONG = TINY["dataset"] | {"train": TINY["dataset"]["train"] | {"epoch_size": 80}}  # 20 iterations an epoch
+
+
+def _state(config: Path, name: str = "ckpt.pth") -> dict:
+    return torch.load(config.parent / "checkpoints" / name, weights_only=True)
+
+
+def _wait_for(text: str, path: Path, process: subprocess.Popen) -> None:
+    """Until the text stands in the file."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.is_file() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{text!r} did not come: {process.communicate()[1] if process.poll() is not None else ''}")
+
+
+def _same_end(one: Path, two: Path) -> None:
+    total, different, files = survive.differing(one.parent, two.parent)
+    assert total > 50 and different == 0 and files == []
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
+    """Runs of ``LONG`` that were left alone, by launcher."""
+    ends = {}
+    for launcher in ((), TORCHRUN):
+        path = tmp_path_factory.mktemp("straight") / "config.yaml"
+        path.write_text(yaml.safe_dump({**TINY, "dataset": LONG}))
+        assert run("train_semi.py", "--config", path, launcher=launcher).returncode == 0
+        ends[launcher] = path
+    return ends
+
+
+@pytest.mark.parametrize(("way", "launcher"), [("USR1", ()), ("TERM", TORCHRUN)])
+def test_signals_save_within_an_epoch_and_the_run_goes_on(
+    experiment: Experiment, straight: dict, way: str, launcher: tuple
+) -> None:
+    """The iteration ends, the checkpoint stands in the middle of an epoch, status 75; the end is the straight run's."""
+    stopped = experiment("stopped", dataset=LONG)
+    process = start("train_semi.py", "--config", stopped, launcher=launcher)
+    _wait_for("epoch 0: teacher", stopped.parent / "log" / "train.log", process)
+    process.send_signal(getattr(signal, f"SIG{way}"))
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == (1 if launcher else 75), err  # torchrun has a status of its own
+    assert "and saved; the same command with --resume auto goes on" in err
+    state = _state(stopped)
+    assert state["epoch"] == 1 and 0 <= state["step"] < (10 if launcher else 20)
+    resumed = run("train_semi.py", "--config", stopped, launcher=launcher)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after epoch 0" in resumed.stdout
+    _same_end(straight[launcher], stopped)
+
+
+def test_three_kills_on_one_process(tmp_path: Path) -> None:
+    """The short form of ``python -m benchmarks.survive``."""
+    import random
+
+    settings = survive.TINY | {"trainer.epochs": 6, "dataset.train.epoch_size": 160, "saver.save_every": 0.002}
+    survive.finish(survive.launch(tmp_path / "straight", 1, settings), tmp_path / "straight")
+    counts = survive.killed_run(tmp_path / "killed", 1, 3, settings, random.Random(1))
+    assert counts["SIGKILL"] + counts["SIGTERM"] >= 1 and counts["torn"] == 0
+    _same_end(tmp_path / "straight" / "config.yaml", tmp_path / "killed" / "config.yaml")
+
+
+def test_torchrun_restarts_a_run_that_fails(experiment: Experiment, straight: dict) -> None:
+    """``--max-restarts`` with auto-resume goes on by itself after a rank was killed."""
+    killed = experiment("killed", dataset=LONG)
+    process = start("train_semi.py", "--config", killed, launcher=(*TORCHRUN, "--max_restarts=2"))
+    _wait_for("epoch 0: teacher", killed.parent / "log" / "train.log", process)
+    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert "resumed after epoch 0" in out
+    _same_end(straight[TORCHRUN], killed)
+
+
+def test_a_failing_rank_ends_all_within_seconds(experiment: Experiment) -> None:
+    config = experiment(dataset=LONG)
+    process = start("train_semi.py", "--config", config, "--set", "trainer.epochs=200", launcher=TORCHRUN)
+    _wait_for("epoch 0: teacher", config.parent / "log" / "train.log", process)
+    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+    began = time.monotonic()
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert "SIGKILL" in err
+
+
+def test_another_number_of_processes_goes_on_from_an_epochs_end(experiment: Experiment) -> None:
+    """And says that it is no longer the same run; within an epoch it is refused."""
+    config = experiment(dataset=LONG)
+    assert run("train_semi.py", "--config", config, "--set", "trainer.epochs=2").returncode == 0
+    resumed = run("train_semi.py", "--config", config, launcher=TORCHRUN)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "no longer bitwise the same run" in resumed.stdout and "epoch 2: teacher" in resumed.stdout
+    state = _state(config)
+    torch.save(state | {"epoch": 1, "step": 3, "partial": None}, config.parent / "checkpoints" / "ckpt.pth")
+    refused = run("train_semi.py", "--config", config, "--set", "dataset.train.batch_size=2")
+    assert refused.returncode == 2 and "Continue it as it was, or from the end of an epoch" in refused.stderr
+
+
+def test_a_torn_or_foreign_file_is_named_and_the_one_before_it_used(experiment: Experiment) -> None:
+    config = experiment()
+    for content in (b"torn", None):
+        shutil.rmtree(config.parent / "checkpoints", ignore_errors=True)
+        assert run("train_semi.py", "--config", config, "--set", "trainer.epochs=2").returncode == 0
+        path = config.parent / "checkpoints" / "ckpt.pth"
+        assert _state(config, "ckpt_prev.pth")["epoch"] == 1
+        if content is None:
+            torch.save({"weights": torch.zeros(3)}, path)
+        else:
+            path.write_bytes(path.read_bytes()[:5000])
+        resumed = run("train_semi.py", "--config", config)
+        assert resumed.returncode == 0, resumed.stderr
+        assert "ckpt.pth: " in resumed.stdout and "using the one before it" in resumed.stdout
+        assert "resumed after epoch 0" in resumed.stdout
+        assert _state(config)["epoch"] == 3
+    path.write_bytes(b"")
+    (config.parent / "checkpoints" / "ckpt_prev.pth").write_bytes(b"")
+    lost = run("train_semi.py", "--config", config)
+    assert lost.returncode == 2 and "Traceback" not in lost.stderr and "torn, foreign or not safe" in lost.stderr
+
+
+def test_killed_between_two_renames_the_previous_checkpoint_counts(tmp_path: Path) -> None:
+    (tmp_path / "ckpt_prev.pth").touch()
+    assert checkpoint.to_continue(tmp_path, "auto") == tmp_path / "ckpt_prev.pth"
+    (tmp_path / "ckpt.pth").touch()
+    assert checkpoint.to_continue(tmp_path, "auto") == tmp_path / "ckpt.pth"
+
+
+def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(experiment: Experiment) -> None:
+    """A real limit of the system: no file of this process may grow beyond half a checkpoint."""
+    config = experiment()
+    assert run("train_semi.py", "--config", config, "--set", "trainer.epochs=2").returncode == 0
+    path = config.parent / "checkpoints" / "ckpt.pth"
+    before, limit = path.read_bytes(), path.stat().st_size // 2
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    ended = subprocess.run(
+        [sys.executable, "train_semi.py", "--config", str(config), "--set", "saver.use_tb=false"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, preexec_fn=limited,
+    )  # fmt: skip
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "cannot be written" in ended.stderr and "last good checkpoint stays" in ended.stderr
+    assert path.read_bytes() == before and not list(path.parent.glob("*.tmp"))
+
+
+def test_space_is_looked_at_before_the_start(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(UserError, match="0.0 GB are free, but the checkpoints of this run need"):
+        checkpoint.need_space(Path("/nowhere/at/all"), {"student": torch.nn.Linear(1000, 1000)}, 1)
+
+
+def test_a_folder_in_use_is_refused_with_host_and_pid(experiment: Experiment) -> None:
+    config = experiment()
+    (config.parent / "log").mkdir()
+    script = (
+        "import sys, time; from imas.engine import lock; from pathlib import Path; "
+        "held = lock.hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, config.parent / "log"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    refused = run("train_semi.py", "--config", config)
+    assert refused.returncode == 2 and f"{socket.gethostname()}, pid {holder.pid}" in refused.stderr
+    assert not (config.parent / "checkpoints").exists() and not (config.parent / "log" / "train.log").exists()
+    holder.kill()
+    holder.wait()
+    lock.hold(config.parent / "log").close()
+
+
+# Several processes
+
+
+def test_slurm_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    batch_step = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "71234"}
+    for name, value in batch_step.items():
+        monkeypatch.setenv(name, value)
+    distributed.read_launcher()
+    assert "RANK" not in os.environ  # a plain process of a batch script: one process
+    for name, value in {
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu7,gpu9",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    distributed.read_launcher()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "gpu7", "31234"]
+    monkeypatch.setenv("RANK", "0")  # of torchrun inside srun
+    distributed.read_launcher()
+    assert os.environ["RANK"] == "0"
+
+
+def test_srun_starts_two_processes(experiment: Experiment) -> None:
+    """The variables of two tasks, set by hand: one run on two processes."""
+    config = experiment()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tasks = [
+        start(
+            "train_semi.py", "--config", config, "--set", "trainer.epochs=2",
+            SLURM_STEP_NUM_TASKS="2", SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_JOB_ID="1",
+            SLURM_STEP_NODELIST="localhost", MASTER_PORT=str(port),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert "batch 4 on 2 process(es)" in outputs[0][0]
+
+
+def test_a_port_in_use_and_a_rank_that_never_comes_are_explained(tmp_path: Path) -> None:
+    script = tmp_path / "join.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        from datetime import timedelta
+        from imas import distributed
+        from imas.strict import run_script
+        distributed._PATIENCE = timedelta(seconds=2)
+        def main():
+            with distributed.process_group():
+                pass
+        run_script(main)
+        """)
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        used = start(script, MASTER_PORT=str(taken.getsockname()[1]), **environment)
+        _, err = used.communicate(timeout=60)
+        assert used.returncode == 2 and "that port is in use" in err and "Traceback" not in err
+        port = taken.getsockname()[1]
+    alone = start(script, MASTER_PORT=str(port), **environment)
+    _, err = alone.communicate(timeout=60)
+    assert alone.returncode == 2 and "did all 2 ranks start" in err and "Traceback" not in err
+
+
+def test_ranks_with_other_versions_are_refused(tmp_path: Path) -> None:
+    script = tmp_path / "versions.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys; sys.path.insert(0, {str(ROOT)!r})
+        import torch
+        from imas import distributed
+        from imas.strict import run_script
+        if os.environ["RANK"] == "1":
+            torch.__version__ = "1.0"
+        def main():
+            with distributed.process_group():
+                pass
+        run_script(main)
+        """)
+    )
+    ended = run(script, launcher=TORCHRUN)
+    assert ended.returncode != 0
+    assert "the ranks have different versions" in ended.stderr and "'torch': '1.0'" in ended.stderr
+
+
+def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(tmp_path: Path) -> None:
+    """With frozen BatchNorm, and as many valid pixels on both ranks; accumulation on both adds nothing of its own."""
+    script = tmp_path / "gradients.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys; sys.path.insert(0, {str(ROOT)!r})
+        import torch
+        from imas import build_model, distributed, ohem_cross_entropy
+        from imas.methods.base import Batch, Progress
+        from imas.methods.sup_only import SupOnly
+        torch.manual_seed(0)
+        net = {TINY["net"]!r}
+        criterion = torch.nn.functional.cross_entropy
+        method = SupOnly(build_model(net), criterion, 0.0).eval()
+        images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 4, (8, 32, 32))
+        with distributed.process_group() as device:
+            wrapped = distributed.wrap(method, device, False)
+            world, parts = distributed.world_size(), int(sys.argv[1])
+            mine = slice(distributed.rank() * 8 // world, (distributed.rank() + 1) * 8 // world)
+            chunks = list(zip(images[mine].chunk(parts), labels[mine].chunk(parts)))
+            for number, (x, y) in enumerate(chunks):
+                with distributed.gradients_shared(wrapped, number + 1 == parts):
+                    (wrapped(Batch(x, y), Progress(0, 0, 1, torch.Generator())).loss / parts).backward()
+            gradients = {{name: p.grad for name, p in method.named_parameters() if p.grad is not None}}
+            torch.save(gradients, sys.argv[2] + str(distributed.rank()))
+        """)
+    )
+    files = {name: tmp_path / name for name in ("one", "two", "parts")}
+    assert run(script, "1", files["one"]).returncode == 0
+    assert run(script, "1", files["two"], launcher=TORCHRUN).returncode == 0
+    assert run(script, "2", files["parts"], launcher=TORCHRUN).returncode == 0
+    expected = torch.load(f"{files['one']}0")
+    assert len(expected) > 20
+    for name in ("two", "parts"):
+        for rank in (0, 1):
+            got = torch.load(f"{files[name]}{rank}")
+            assert all(torch.allclose(got[key], expected[key], rtol=1e-4, atol=1e-6) for key in expected), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_noted_once_and_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with interruptible() as interruption:
+        assert not interruption.stops_before(3)
+        os.kill(os.getpid(), number)
+        assert interruption.received == number and signal.getsignal(number) == before
+        assert interruption.stops_before(4)
+    assert signal.getsignal(number) == before
