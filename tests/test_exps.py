@@ -257,3 +257,10 @@ def test_the_readmes_example_runs(tmp_path: Path) -> None:
     ended = run(script)
     assert ended.returncode == 0, ended.stderr
     assert "tensor([" in ended.stdout
+
+
+def test_the_readmes_experiment_on_own_images_loads(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert load_config(path).dataset.folder.class_names == ("ground", "road", "roof")
