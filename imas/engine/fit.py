@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,55 +20,18 @@ from ..data.splits import describe_lists
 from ..methods.base import Batch, Method, Progress
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
-from ..strict import UserError
 from . import checkpoint, provenance
 from .evaluate import Evaluation, format_table
-from .interrupt import Interrupted, Interruption, interruptible
+from .interrupt import Interrupted, interruptible
 from .log import RunLog
 from .meter import Meter
 from .optim import build_optimizer, learning_rate, lr_factor
 from .pictures import prediction_sheet
+from .run import Run, save, take_up
 
 log = logging.getLogger("imas")
 
 _LOGS_PER_EPOCH = 8  # but none more often than every ten iterations
-
-
-@dataclass
-class Run:
-    """One run: what is trained, on what, and how far it is."""
-
-    config: Config
-    lists: Lists
-    seed: int
-    device: torch.device
-    method: Method
-    data: TrainingData
-    optimizer: torch.optim.Optimizer
-    description: dict  # what, with what, on what: see ``provenance``
-    epoch: int = 0  # epochs done
-    step: int = 0  # updates done in the epoch after these
-    best: dict[str, float] | None = None  # best mIoU in percent of each network
-    meter: Meter = field(default_factory=Meter)  # of the epoch
-    scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
-    interruption: Interruption = field(default_factory=Interruption)
-    saved: float = field(default_factory=time.monotonic)  # when
-
-    def stop_if_asked(self, iteration: int) -> None:
-        """Raise ``Interrupted`` where this iteration is not to begin."""
-        if self.interruption.stops_before(iteration):
-            raise Interrupted(
-                f"stopped before iteration {iteration} (epoch {self.epoch}) and saved; the same command with "
-                "--resume auto goes on from there"
-            )
-
-    def save_due(self) -> bool:
-        """Whether the last checkpoint is older than ``saver.save_every``, by the clock of rank 0."""
-        every = self.config.saver.save_every
-        if every is None:
-            return False
-        due = distributed.is_main() and time.monotonic() - self.saved > 60 * every
-        return distributed.any_rank(due, self.device)
 
 
 def fit(
@@ -96,18 +58,18 @@ def fit(
     data = TrainingData(config, lists, seed, distributed.rank(), world)
     optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer, lr_factor(config, world))
     run = Run(config, lists, seed, device, method, data, optimizer, provenance.describe(config, lists, seed, world))
-    with interruptible() as run.interruption:
-        _run_all(run, continued)
+    with interruptible() as run.interruption, contextlib.ExitStack() as stack:
+        _run_all(run, continued, stack)
 
 
-def _run_all(run: Run, continued: Path | None) -> None:
-    """Every epoch, and what comes at its end."""
+def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> None:
+    """Every epoch, and what comes at its end; ``stack`` closes what is opened, however it ends."""
     config, lists, method, data, device = run.config, run.lists, run.method, run.data, run.device
     world = distributed.world_size()
     if continued is not None:
-        _take_up(run, checkpoint.resume(continued, method.networks(), run.optimizer, run.seed))
+        take_up(run, continued)
     wrapped = distributed.wrap(method, device, config.net.sync_bn)
-    run_log = RunLog(config.log_dir, config.saver.use_tb, run.epoch)
+    run_log = stack.enter_context(contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch)))
     evaluation = Evaluation(config, lists, device)
     epochs = config.trainer.epochs
     if distributed.is_main():
@@ -119,20 +81,22 @@ def _run_all(run: Run, continued: Path | None) -> None:
         config.dataset.train.batch_size, world, device,
     )  # fmt: skip
 
+    done = run.epoch * len(data) + run.step
     bar = tqdm(
-        total=epochs * len(data), initial=run.epoch * len(data) + run.step, unit="it", leave=False, dynamic_ncols=True,
-        mininterval=1.0, disable=not distributed.is_main(),
+        total=epochs * len(data), initial=done, unit="it", leave=False, dynamic_ncols=True, mininterval=1.0,
+        disable=not distributed.is_main(),
     )  # fmt: skip
+    stack.enter_context(bar)
     matrices: dict[str, ConfusionMatrix] = {}
     for epoch in range(run.epoch, epochs):
         try:
             row = _train_epoch(run, wrapped, run_log, bar, epoch)
         except DataError:
             if world == 1:  # elsewhere the other ranks wait in the middle of an update
-                _save(run, False)
+                save(run, False)
             raise
         except Interrupted:
-            _save(run, False)
+            save(run, False)
             raise
         evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
         run.epoch, run.step, run.meter, run.scores = epoch + 1, 0, Meter(), []
@@ -146,14 +110,13 @@ def _run_all(run: Run, continued: Path | None) -> None:
         run_log.metrics(row | {"epoch": epoch})
         run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
         if evaluates:
-            _save(run, improved)
-    bar.close()
+            save(run, improved)
     if not matrices:
         log.info("all %d epochs were done before; to train anew, name another saver.snapshot_dir", epochs)
         matrices = evaluation(method.networks())
     if distributed.is_main():
+        bar.clear()
         _report(run, matrices, evaluation, run_log)
-    run_log.close()
 
 
 def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:
@@ -199,7 +162,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
             figures = ", ".join(f"{name} {value:.5f}" for name, value in window.items())
             log.info("epoch %d, iteration %d/%d: %s", epoch, step + 1, length, figures)
             if run.save_due() and step + 1 < length:
-                _save(run, False)
+                save(run, False)
     run.stop_if_asked((epoch + 1) * length)
     if replaced:
         log.warning(
@@ -246,62 +209,10 @@ def _report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluati
         log.info("TensorBoard:  tensorboard --logdir %s", config.log_dir / "tensorboard")
 
 
-def _save(run: Run, improved: bool) -> None:
-    """Write the checkpoint; called on all ranks, since each has a part of an epoch that is not done."""
-    partial = None
-    if run.step:
-        if run.meter.waiting:
-            run.meter.window(run.epoch * len(run.data) + run.step - 1)
-        scores = [(index.cpu(), score.cpu()) for index, score in run.scores]
-        partial = {"metrics": run.meter.read, "scores": distributed.gather(scores)}
-    run.saved = time.monotonic()
-    if not distributed.is_main():
-        return
-    state = {
-        "epoch": run.epoch,
-        "step": run.step,
-        "iterations_per_epoch": len(run.data),
-        **checkpoint.network_states(run.method.networks()),
-        "optimizer_state": run.optimizer.state_dict(),
-        "best_miou": None if run.best is None else next(iter(run.best.values())),
-        "best": run.best,
-        "seed": run.seed,
-        "config": run.config.to_dict(),
-        "run": run.description,
-        "partial": partial,
-    }
-    if improved:  # first: a run that is cut off in between repeats the epoch
-        checkpoint.save(state, run.config.snapshot_dir / checkpoint.BEST)
-    checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST)
-    if run.step:
-        path = run.config.snapshot_dir / checkpoint.LAST
-        log.info("saved after %d updates of epoch %d: %s", run.step, run.epoch, path)
-
-
 def _means(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     if len(scalars) == 1:
         return scalars[0]
     return {name: torch.stack([each[name] for each in scalars]).mean() for name in scalars[0]}
-
-
-def _take_up(run: Run, continued: checkpoint.Continued) -> None:
-    """Go on where a checkpoint stands."""
-    world, length = distributed.world_size(), len(run.data)
-    if continued.step and (continued.world, continued.length) != (world, length):
-        raise UserError(
-            f"that checkpoint is from an epoch of {continued.length} iterations on {continued.world} process(es), "
-            f"this run has {length} on {world}. Continue it as it was, or from the end of an epoch"
-        )
-    if continued.epoch and continued.world != world:
-        log.warning(
-            "the run was on %d process(es) until now and goes on with %d: it is no longer bitwise the same run",
-            continued.world, world,
-        )  # fmt: skip
-    run.epoch, run.step, run.best = continued.epoch, continued.step, continued.best
-    if continued.partial is not None:
-        run.meter.read = continued.partial["metrics"]
-        mine = continued.partial["scores"][distributed.rank()]
-        run.scores = [(index.to(run.device), score.to(run.device)) for index, score in mine]
 
 
 def _count(skipped: list[str], replaced: dict[str, int]) -> None:

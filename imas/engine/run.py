@@ -1,0 +1,117 @@
+"""How far a run is: held in one place, saved, and taken up again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..data.lists import Lists
+from ..data.loaders import TrainingData
+from ..methods.base import Method
+from ..schema import Config
+from ..strict import UserError
+from . import checkpoint
+from .interrupt import Interrupted, Interruption
+from .meter import Meter
+
+log = logging.getLogger("imas")
+
+
+@dataclass
+class Run:
+    """One run: what is trained, on what, and how far it is."""
+
+    config: Config
+    lists: Lists
+    seed: int
+    device: torch.device
+    method: Method
+    data: TrainingData
+    optimizer: torch.optim.Optimizer
+    description: dict  # what, with what, on what: see ``provenance``
+    epoch: int = 0  # epochs done
+    step: int = 0  # updates done in the epoch after these
+    best: dict[str, float] | None = None  # best mIoU in percent of each network
+    meter: Meter = field(default_factory=Meter)  # of the epoch
+    scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
+    interruption: Interruption = field(default_factory=Interruption)
+    saved: float = field(default_factory=time.monotonic)  # when
+
+    def stop_if_asked(self, iteration: int) -> None:
+        """Raise ``Interrupted`` where this iteration is not to begin."""
+        if self.interruption.stops_before(iteration):
+            raise Interrupted(
+                f"stopped before iteration {iteration} (epoch {self.epoch}) and saved; the same command with "
+                "--resume auto goes on from there"
+            )
+
+    def save_due(self) -> bool:
+        """Whether the last checkpoint is older than ``saver.save_every``, by the clock of rank 0."""
+        every = self.config.saver.save_every
+        if every is None:
+            return False
+        due = distributed.is_main() and time.monotonic() - self.saved > 60 * every
+        return distributed.any_rank(due, self.device)
+
+
+def save(run: Run, improved: bool) -> None:
+    """Write the checkpoint; called on all ranks, since each has a part of an epoch that is not done."""
+    partial = None
+    if run.step:
+        if run.meter.waiting:
+            run.meter.window(run.epoch * len(run.data) + run.step - 1)
+        scores = [(index.cpu(), score.cpu()) for index, score in run.scores]
+        partial = {"metrics": run.meter.read, "scores": distributed.gather(scores)}
+    run.saved = time.monotonic()
+    if not distributed.is_main():
+        return
+    state = {
+        "epoch": run.epoch,
+        "step": run.step,
+        "iterations_per_epoch": len(run.data),
+        **checkpoint.network_states(run.method.networks()),
+        "optimizer_state": run.optimizer.state_dict(),
+        "best_miou": None if run.best is None else next(iter(run.best.values())),
+        "best": run.best,
+        "seed": run.seed,
+        "config": run.config.to_dict(),
+        "run": run.description,
+        "partial": partial,
+    }
+    if improved:  # first: a run that is cut off in between repeats the epoch
+        checkpoint.save(state, run.config.snapshot_dir / checkpoint.BEST)
+    checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST)
+    if run.step:
+        path = run.config.snapshot_dir / checkpoint.LAST
+        log.info("saved after %d updates of epoch %d: %s", run.step, run.epoch, path)
+
+
+def take_up(run: Run, path: Path) -> None:
+    """Go on where a checkpoint stands.
+
+    Raises:
+        UserError: it cannot be used, or is from within an epoch of another shape.
+    """
+    continued = checkpoint.resume(path, run.method.networks(), run.optimizer, run.seed)
+    world, length = distributed.world_size(), len(run.data)
+    if continued.step and (continued.world, continued.length) != (world, length):
+        raise UserError(
+            f"that checkpoint is from an epoch of {continued.length} iterations on {continued.world} process(es), "
+            f"this run has {length} on {world}. Continue it as it was, or from the end of an epoch"
+        )
+    if continued.epoch and continued.world != world:
+        log.warning(
+            "the run was on %d process(es) until now and goes on with %d: it is no longer bitwise the same run",
+            continued.world, world,
+        )  # fmt: skip
+    run.epoch, run.step, run.best = continued.epoch, continued.step, continued.best
+    if continued.partial is not None:
+        run.meter.read = continued.partial["metrics"]
+        mine = continued.partial["scores"][distributed.rank()]
+        run.scores = [(index.to(run.device), score.to(run.device)) for index, score in mine]
