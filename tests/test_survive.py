@@ -44,6 +44,11 @@ def _wait_for(text: str, path: Path, process: subprocess.Popen) -> None:
     raise AssertionError(f"{text!r} did not come: {process.communicate()[1] if process.poll() is not None else ''}")
 
 
+def _ranks(launcher: subprocess.Popen) -> list[int]:
+    """Processes that torchrun has started."""
+    return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
 def _same_end(one: Path, two: Path) -> None:
     total, different, files = survive.differing(one.parent, two.parent)
     assert total > 50 and different == 0 and files == []
@@ -97,8 +102,7 @@ def test_torchrun_restarts_a_run_that_fails(experiment: Experiment, straight: di
     killed = experiment("killed", dataset=LONG)
     process = start("train_semi.py", "--config", killed, launcher=(*TORCHRUN, "--max_restarts=2"))
     _wait_for("epoch 0: teacher", killed.parent / "log" / "train.log", process)
-    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(_ranks(process)[-1], signal.SIGKILL)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert "resumed after epoch 0" in out
@@ -109,11 +113,10 @@ def test_a_failing_rank_ends_all_within_seconds(experiment: Experiment) -> None:
     config = experiment(dataset=LONG)
     process = start("train_semi.py", "--config", config, "--set", "trainer.epochs=200", launcher=TORCHRUN)
     _wait_for("epoch 0: teacher", config.parent / "log" / "train.log", process)
-    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
     began = time.monotonic()
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(_ranks(process)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=90)
-    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert process.returncode != 0 and time.monotonic() - began < 45  # torchrun gives the others up to 30
     assert "SIGKILL" in err
 
 
