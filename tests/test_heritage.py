@@ -200,6 +200,24 @@ def test_a_missing_weight_file_is_named_with_the_way_out(experiment: Experiment)
     assert list(config.parent.iterdir()) == [config]
 
 
+def test_a_newcomers_first_start_says_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
+    """A published recipe without data: lists and weights in one message, each with the way to it."""
+    recipe = (ROOT / "exps" / "cityscapes_imas372_r50_os16" / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(
+        recipe.replace("data/splits/", f"{tmp_path}/").replace("pretrained/", f"{tmp_path}/")
+    )
+    ended = run("train_semi.py", "--config", tmp_path / "config.yaml")
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    for words in (
+        "372/labeled.txt",
+        "val.txt",
+        "imas.data splits --dataset cityscapes",
+        "resnet50.pth",
+        "pretrain=null",
+    ):
+        assert words in ended.stderr, ended.stderr
+
+
 # Fewer GPUs
 
 

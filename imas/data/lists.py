@@ -45,6 +45,12 @@ def read_lists(config: Config, training: bool = True) -> Lists:
     together = Together()
     paths = list_paths(config)
     lists = {name: together(read_list, paths[name]) for name in wanted if paths[name] is not None}
+    if together.errors and config.dataset.type in ("pascal", "cityscapes"):
+        root = config.dataset.train.data_root
+        together.errors.append(
+            f"The published lists: python -m imas.data splits --dataset {config.dataset.type} --root {root} "
+            "(data/splits/README.md)"
+        )
     together.finish()
     missing = [name for name in wanted if name not in lists]
     if missing:
