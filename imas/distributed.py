@@ -72,21 +72,7 @@ def process_group() -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
-    global _store
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
-        store, number, world = next(dist.rendezvous("env://", timeout=_PATIENCE))
-        _store = dist.PrefixStore(f"attempt {_attempt()}", store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store, rank=number, world_size=world, timeout=_PATIENCE)
-    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        hint = (
-            "that port is in use: choose another MASTER_PORT (--rdzv-endpoint)"
-            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
-            else f"did all {os.environ['WORLD_SIZE']} ranks start, can they reach that address, does its port pass?"
-        )
-        raise UserError(f"rank {os.environ.get('RANK')} cannot join the others at {where}: {hint} ({reason})") from None
+    _join("nccl" if device.type == "cuda" else "gloo")
     try:
         _compare_versions()
         yield device
@@ -100,6 +86,24 @@ def process_group() -> Iterator[torch.device]:
         ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Meet the other ranks at MASTER_ADDR:MASTER_PORT."""
+    global _store
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, number, world = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        _store = dist.PrefixStore(f"attempt {_attempt()}", store)
+        dist.init_process_group(backend, store=_store, rank=number, world_size=world, timeout=_PATIENCE)
+    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        hint = (
+            "that port is in use: choose another MASTER_PORT (--rdzv-endpoint)"
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
+            else f"did all {os.environ['WORLD_SIZE']} ranks start, can they reach that address, does its port pass?"
+        )
+        raise UserError(f"rank {os.environ.get('RANK')} cannot join the others at {where}: {hint} ({reason})") from None
 
 
 def _attempt() -> str:
