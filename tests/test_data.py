@@ -24,7 +24,7 @@ from imas.data.dataset import Draw, EvaluationSet, Geometry, LabeledSet, Unlabel
 from imas.data.lists import read_list, read_lists
 from imas.data.loaders import EpochSampler, TrainingData, evaluation_batches, evaluation_loader, oversample
 from imas.data.normalise import Normalise
-from imas.data.source import FileSource, cityscapes_labels
+from imas.data.source import FileSource, ShapesSource, cityscapes_labels
 from imas.data.strong import OPERATIONS, strong_view
 from imas.data.weak import resized_size, weak_view
 from imas.schema import Config
@@ -841,6 +841,20 @@ def test_an_epoch_read_alone_equals_the_same_epoch_of_a_whole_run(tmp_path: Path
     straight, resumed = (TrainingData(config, read_lists(config), seed=4, rank=0, world=1) for _ in range(2))
     _batches(straight, 0, False)
     assert _equal(_batches(straight, 1, True), _batches(resumed, 1, True))
+
+
+def test_updates_that_were_done_are_left_out_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of an epoch is that of the whole epoch, and no image of its beginning is decoded."""
+    config = _shapes_config(tmp_path)
+    data = TrainingData(config, read_lists(config), seed=4, rank=0, world=1)
+    whole = _batches(data, 1, True)
+    read = []
+    image = ShapesSource.image
+    monkeypatch.setattr(ShapesSource, "image", lambda source, name: read.append(name) or image(source, name))
+    rest = [batch for update in data.epoch(1, True, done=3) for batch in update]
+    assert len(whole) == 4 and _equal(rest, whole[3:])
+    assert len(read) == 2 * config.dataset.train.batch_size
+    assert list(data.epoch(1, True, done=4)) == []
 
 
 def test_epoch_size_sets_the_iterations(tmp_path: Path) -> None:
