@@ -10,6 +10,7 @@ Checkpoints go to <folder of the YAML>/<saver.snapshot_dir>/, everything else to
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -28,7 +29,7 @@ from imas.engine import checkpoint, lock
 from imas.engine.fit import fit
 from imas.engine.log import start_logging
 from imas.engine.memory import estimate_step
-from imas.engine.optim import explain_batch
+from imas.engine.optim import AVERAGES, explain_batch
 from imas.methods.base import Method
 from imas.schema import Config
 from imas.strict import Together, UserError, run_script
@@ -101,7 +102,7 @@ def prepare(config: Config, resume: str | None) -> tuple[Lists, Method, Path | N
     if method is not None and start is not None:
         together(checkpoint.start_from, method.networks(), start)
     if method is not None:
-        averages = {"SGD": 1, "adam": 2}[config.trainer.optimizer.type]
+        averages = AVERAGES[config.trainer.optimizer.type]
         together(checkpoint.need_space, config.snapshot_dir, method.networks(), averages)
     together.finish()
     return lists, method, continued
@@ -118,7 +119,8 @@ def remark(config: Config, world: int) -> None:
 def report(config: Config, lists: Lists, seed: int) -> None:
     """What ``--check`` prints: the resolved recipe, iterations, what differs from the reference, memory."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    data = TrainingData(config, lists, seed, distributed.rank(), world)
+    uncached = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, cache=False))
+    data = TrainingData(uncached, lists, seed, distributed.rank(), world)  # to be counted, not to be read
     memory = estimate_step(config, lambda largest: build_method(largest, pretrained=False))
     if not distributed.is_main():
         return

@@ -77,7 +77,7 @@ class LabeledSet(_AugmentedSet):
     """
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        image, mask = _read_pair(self.source, self.names[index])
+        image, mask = read_pair(self.source, self.names[index])
         image, mask = weak_view(image, mask, rng, **self.geometry._asdict())
         sample = {"images": TF.pil_to_tensor(image), "labels": torch.from_numpy(np.array(mask))}
         if self.num_augs is not None:
@@ -105,14 +105,15 @@ class EvaluationSet(Dataset):
         self.source, self.names = source, names
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, mask = _read_pair(self.source, self.names[index])
+        image, mask = read_pair(self.source, self.names[index])
         return TF.pil_to_tensor(image), torch.from_numpy(np.array(mask, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.names)
 
 
-def _read_pair(source: Source, name: str) -> tuple[Image.Image, Image.Image]:
+def read_pair(source: Source, name: str) -> tuple[Image.Image, Image.Image]:
+    """Image and mask of a name. DataError if they are of different sizes, or one cannot be used."""
     image, mask = source.image(name), source.mask(name)
     if image.size != mask.size:
         raise DataError(

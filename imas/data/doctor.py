@@ -14,6 +14,7 @@ from ..schema import Config
 from ..strict import UserError
 from .catalog import catalog_of
 from .check import some, source_of
+from .dataset import read_pair
 from .lists import Lists, val_root
 from .source import DataError, Source
 
@@ -72,13 +73,9 @@ class _Looks(Dataset):
     def __getitem__(self, index: int) -> Look:
         name = self.names[index]
         try:
-            image = self.source.image(name)
-            mask = self.source.mask(name) if self.masked else None
+            image, mask = read_pair(self.source, name) if self.masked else (self.source.image(name), None)
         except DataError as error:
             return Look(name, str(error))
-        if mask is not None and mask.size != image.size:
-            sizes = f"the image is {image.width}×{image.height} pixels, its mask {mask.width}×{mask.height}"
-            return Look(name, f"{name}: {sizes}")
         pixels = np.asarray(image)[::_EVERY, ::_EVERY].reshape(-1, 3) / 255
         counts = None if mask is None else np.array(mask.histogram())
         return Look(name, None, image.size, counts, np.stack([pixels.mean(0), (pixels**2).mean(0)]))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..methods.base import Batch, Method, Progress
 from ..schema import Config
+from .optim import AVERAGES
 
 _SIDE, _BATCH = 129, 2  # of the small step
 
@@ -58,7 +59,7 @@ def estimate_step(config: Config, build: Callable[[Config], Method]) -> StepMemo
     saved = saved_bytes(method, tensors, Progress(epoch, epoch, 1, torch.Generator().manual_seed(0)))
 
     trainable = _bytes([parameter for parameter in method.parameters() if parameter.requires_grad])
-    averages = {"SGD": 1, "adam": 2}[config.trainer.optimizer.type]
+    averages = AVERAGES[config.trainer.optimizer.type]
     scale = train.batch_size * height * width / math.prod(small)
     weights = _bytes([*method.parameters(), *method.buffers()])
     return StepMemory(weights, trainable, averages * trainable, int(saved * scale))

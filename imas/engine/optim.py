@@ -77,6 +77,9 @@ def explain_batch(config: Config, world: int) -> list[str]:
     return lines
 
 
+AVERAGES = {"SGD": 1, "adam": 2}  # running averages that an optimiser keeps of every trained parameter
+
+
 def build_optimizer(groups: list[dict], options: Optimizer, factor: float = 1.0) -> torch.optim.Optimizer:
     """SGD or Adam over the groups of ``Method.param_groups``: the encoder at lr, the heads at lr·head_lr_times, both
     times ``factor``.

@@ -40,16 +40,16 @@ def prediction_sheet(
     with evaluating(networks):
         for index in range(min(count, len(dataset))):
             image, label = dataset[index]
-            tiles = [TF.to_pil_image(image), _coloured(label, palette)]
+            tiles = [TF.to_pil_image(image), coloured(label, palette)]
             batch = normalise(image.unsqueeze(0).to(device))
             for network in networks.values():
-                tiles.append(_coloured(predict_sliding(network, batch, crop).argmax(dim=1)[0].cpu(), palette))
+                tiles.append(coloured(predict_sliding(network, batch, crop).argmax(dim=1)[0].cpu(), palette))
             rows.append([_fitted(tile) for tile in tiles])
     return _sheet(["image", "truth", *networks], rows, class_names, palette)
 
 
-def _coloured(label: Tensor, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
-    """(H, W) class numbers → RGB; everything that is no class in grey."""
+def coloured(label: Tensor, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """(H, W) integer class numbers → an RGB picture; everything that is no class in grey."""
     colours = torch.full((256, 3), _IGNORED, dtype=torch.uint8)
     colours[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
     return Image.fromarray(colours[label].numpy())
