@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .resize import resize, rows_of
 
 
 class Prediction(NamedTuple):
@@ -14,14 +18,23 @@ class Prediction(NamedTuple):
     confidence: Tensor  # (B, H, W) float32 in (0, 1], its softmax probability
 
 
-def predict(logits: Tensor) -> Prediction:
+@torch.no_grad()
+def predict(logits: Tensor, size: Sequence[int] | None = None) -> Prediction:
     """Label and confidence of every pixel (spec, step 4).
 
-    The largest softmax probability is exp(max − logsumexp): no (B, C, H, W) softmax is made.
+    The largest softmax probability is 1 / Σ exp(logit − max). No softmax is made, and no more than one image's logits
+    are at full size at a time.
 
     Args:
-        logits: (B, C, H, W).
+        logits: (B, C, h, w).
+        size: H, W that the logits are resized to; default: theirs.
     """
-    logits = logits.float()
-    highest, label = logits.max(dim=1)
-    return Prediction(label, (highest - logits.logsumexp(dim=1)).exp())
+    size = tuple(size or logits.shape[-2:])
+    label = torch.empty((len(logits), *size), dtype=torch.int64, device=logits.device)
+    confidence = torch.empty(label.shape, device=logits.device)
+    for number in range(len(logits)):
+        full = resize(logits[number : number + 1].float(), size)[0]
+        for rows in rows_of(full):
+            highest, label[number, rows] = full[:, rows].max(dim=0)
+            confidence[number, rows] = (full[:, rows] - highest).exp_().sum(dim=0).reciprocal_()
+    return Prediction(label, confidence)
