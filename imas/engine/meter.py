@@ -74,10 +74,10 @@ class Meter:
 
 
 class Clock:
-    """Seconds from its making on, and how many of them were spent in waiting for data."""
+    """How long iterations take, from its making on, and how much of that is waiting for data."""
 
     def __init__(self) -> None:
-        self.began, self.waited = time.perf_counter(), 0.0
+        self.began, self.waited, self.iterations = time.perf_counter(), 0.0, 0
 
     def waits(self, batches: Iterator[Any]) -> Iterator[Any]:
         """``batches``, with the waiting for each of them counted."""
@@ -89,18 +89,17 @@ class Clock:
                 return
             finally:
                 self.waited += time.perf_counter() - asked
+            self.iterations += 1
             yield batch
 
-    def per(self, iterations: int) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """Seconds per iteration. On a GPU they are true once the device has been waited for."""
-        return {
-            "seconds": (time.perf_counter() - self.began) / iterations,
-            "seconds_waiting": self.waited / iterations,
-        }
+        seconds = time.perf_counter() - self.began
+        return {"seconds": seconds / self.iterations, "seconds_waiting": self.waited / self.iterations}
 
 
 def peak_memory(device: torch.device) -> float:
     """The most memory used so far, in MiB: on the device, or on a CPU by the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10

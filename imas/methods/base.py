@@ -89,10 +89,13 @@ class Method(nn.Module):
         """Whether steps of this epoch read unlabeled images."""
         return False
 
-    def views(self, batch: Batch, generator: torch.Generator, *, always_mix: bool = False) -> Views | None:
-        """What a step would make of the batch's unlabeled images, to be looked at; None in a method without such.
+    def views(
+        self, weak: Tensor, strong: Tensor | None, generator: torch.Generator, *, always_mix: bool = False
+    ) -> Views | None:
+        """What a step would make of unlabeled images, to be looked at; None in a method without such.
 
         Args:
+            weak, strong: as in ``Batch``.
             always_mix: make the mixed view also where chance would not.
         """
         return None

@@ -10,7 +10,7 @@ from ..models.ema import make_teacher, teacher_decay, update_teacher
 from ..ops import mixing
 from ..ops.hardness import score_predictions
 from ..ops.losses import consistency_loss
-from ..ops.pseudo import Prediction, class_shares, predict
+from ..ops.pseudo import Prediction, class_shares, label_shares, predict
 from ..schema import HardnessAware, Unsupervised
 from .base import Batch, Criterion, Method, Mixed, Progress, Step, Views
 
@@ -49,7 +49,7 @@ class IMAS(Method):
             loss = self.supervised_loss(*self.student.coarse(batch.images), batch.labels)
             return Step(loss, {"loss_lb": loss.detach()})
 
-        student, teacher, pseudo, hardness, strong, mixed = self.views(batch, progress.generator)
+        student, teacher, pseudo, hardness, strong, mixed = self.views(batch.weak, batch.strong, progress.generator)
 
         # The weak views earn no loss; BatchNorm is to see them.
         views = [batch.images, batch.weak]
@@ -80,16 +80,19 @@ class IMAS(Method):
             "agreement": (student.label == teacher.label).float().mean(),
             "confident": confident,
             "predicted": predicted,
+            "labeled": label_shares(batch.labels, self.student.num_classes),
         }
         return Step(loss_lb + loss_ub, scalars, hardness.score)
 
-    def views(self, batch: Batch, generator: torch.Generator, *, always_mix: bool = False) -> Views:
+    def views(
+        self, weak: Tensor, strong: Tensor | None, generator: torch.Generator, *, always_mix: bool = False
+    ) -> Views:
         """Predictions and score of the weak views, and what follows from them (spec, steps 2 to 6).
 
         Args:
             always_mix: make the CutMix view, whether or not it would fire.
         """
-        student, teacher = self.predict_weak(batch.weak)
+        student, teacher = self.predict_weak(weak)
         flags = self.hardness or HardnessAware()
         hardness = score_predictions(
             student,
@@ -101,9 +104,9 @@ class IMAS(Method):
             version=flags.version,
         )
         pseudo = teacher if self.unsupervised.teacher_pseudo else student
-        strong = self.blend(batch, hardness.score, generator)
-        mixed = self.cutmix(batch.weak, pseudo, hardness.score, generator, always=always_mix)
-        return Views(student, teacher, pseudo, hardness, strong, mixed)
+        blended = self.blend(weak, strong, hardness.score, generator)
+        mixed = self.cutmix(weak, pseudo, hardness.score, generator, always=always_mix)
+        return Views(student, teacher, pseudo, hardness, blended, mixed)
 
     @torch.no_grad()
     def predict_weak(self, weak: Tensor) -> tuple[Prediction, Prediction]:
@@ -115,13 +118,13 @@ class IMAS(Method):
         teacher = predict(resize(self.teacher.coarse(weak, aux=False)[0], size))
         return student, teacher
 
-    def blend(self, batch: Batch, score: Tensor, generator: torch.Generator) -> Tensor | None:
+    def blend(self, weak: Tensor, strong: Tensor | None, score: Tensor, generator: torch.Generator) -> Tensor | None:
         """The strong view, as strong as the score allows (spec, step 5); None where none is configured."""
-        if batch.strong is None or self.hardness is None:
-            return batch.strong
+        if strong is None or self.hardness is None:
+            return strong
         if self.hardness.blend:
-            return mixing.adaptive_blend(batch.strong, batch.weak, score)
-        return mixing.random_choice(batch.strong, batch.weak, score, generator)
+            return mixing.adaptive_blend(strong, weak, score)
+        return mixing.random_choice(strong, weak, score, generator)
 
     def cutmix(
         self, weak: Tensor, pseudo: Prediction, score: Tensor, generator: torch.Generator, *, always: bool = False

@@ -39,3 +39,8 @@ def class_shares(prediction: Prediction, threshold: float, num_classes: int) -> 
     counts = torch.bincount((2 * prediction.label + confident).flatten(), minlength=2 * num_classes)
     shares = counts.view(num_classes, 2) / confident.numel()
     return shares[:, 1], shares.sum(1)
+
+
+def label_shares(label: Tensor, num_classes: int) -> Tensor:
+    """(C,) float32: shares of all pixels of integer labels, 0..255; values from C on count as no class."""
+    return torch.bincount(label.flatten(), minlength=256)[:num_classes] / label.numel()
