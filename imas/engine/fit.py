@@ -121,15 +121,14 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
         run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
         if evaluates:
             save(run, improved)
-        every = config.saver.pictures_every
-        if config.saver.use_tb and every is not None and run.epoch % every == 0 and distributed.is_main():
+        if run_log.writer is not None and run.pictures_due():
             show_progress(run, evaluation, run_log)
     if not matrices:
         log.info("all %d epochs were done before; to train anew, name another saver.snapshot_dir", epochs)
         matrices = evaluation(method.networks())
     if distributed.is_main():
         bar.clear()
-        report(run, matrices, evaluation, run_log)
+        report(run, matrices, evaluation)
 
 
 def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:

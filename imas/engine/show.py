@@ -51,8 +51,8 @@ def show_progress(run: Run, evaluation: Evaluation, run_log: RunLog) -> None:
     run_log.image("predictions", TF.pil_to_tensor(_predictions(run, evaluation)), iteration)
 
 
-def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation, run_log: RunLog) -> None:
-    """The table of the selecting network, all figures, pictures, and where everything lies."""
+def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation) -> None:
+    """At the end: the table of the selecting network, all figures, pictures, and where everything lies."""
     config, names = run.config, evaluation.catalog.class_names
     name, matrix = next(iter(matrices.items()))
     log.info("%s after the last epoch, in percent:\n%s", name, format_table(matrix, names))
@@ -62,7 +62,6 @@ def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluatio
     }
     text = json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
     (config.log_dir / "evaluation.json").write_text(text, encoding="utf-8")
-    show_progress(run, evaluation, run_log)
     _predictions(run, evaluation).save(config.log_dir / "predictions.png")
     views = _views(run, evaluation, _extremes(run.last_scores, run.lists.unlabeled))
     if views is not None:
