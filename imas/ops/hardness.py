@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .counting import count
 from .pseudo import Prediction, predict
 
 
@@ -97,14 +98,9 @@ def score_predictions(
 
 
 def count_pairs(first: Tensor, second: Tensor, num_classes: int) -> Tensor:
-    """Per image, the pixels of each pair of labels: (B, H, W) and (B, H, W) → (B, C, C) float64, [b, first, second].
-
-    ``bincount`` would wait for the device. Pairs are counted by ``histc``, in float32: up to 2^24 pixels an image.
-    """
-    pairs = torch.add(second, first, alpha=num_classes).float()  # each in the middle of its bin
-    bins = num_classes**2
-    counts = torch.stack([image.histc(bins, min=-0.5, max=bins - 0.5) for image in pairs])
-    return counts.double().view(-1, num_classes, num_classes)
+    """Per image, the pixels of each pair of labels: (B, H, W) and (B, H, W) → (B, C, C) float64, [b, first, second]."""
+    pairs = count(torch.add(second, first, alpha=num_classes), num_classes**2)
+    return pairs.view(-1, num_classes, num_classes)
 
 
 def _weighted_mean(iou: Tensor, pixels: Tensor, ignore_background: bool) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .counting import count
 from .resize import resize, rows_of
 
 
@@ -38,3 +39,21 @@ def predict(logits: Tensor, size: Sequence[int] | None = None) -> Prediction:
             highest, label[number, rows] = full[:, rows].max(dim=0)
             confidence[number, rows] = (full[:, rows] - highest).exp_().sum(dim=0).reciprocal_()
     return Prediction(label, confidence)
+
+
+def class_shares(prediction: Prediction, threshold: float, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Which classes the pseudo labels are of, and which take part in the loss.
+
+    Returns:
+        Shares of all pixels of the batch, each (C,) float32: with this label and ``confidence >= threshold``; with this
+        label. The latter sum to 1.
+    """
+    confident = prediction.confidence >= threshold
+    counts = count(torch.add(confident, prediction.label, alpha=2), 2 * num_classes).sum(0)
+    shares = counts.float().view(num_classes, 2) / confident.numel()
+    return shares[:, 1], shares.sum(1)
+
+
+def label_shares(label: Tensor, num_classes: int) -> Tensor:
+    """(C,) float32: shares of all pixels of integer labels, 0..255; values from C on count as no class."""
+    return count(label, num_classes).sum(0).float() / label.numel()
