@@ -116,5 +116,5 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, 3, H, W) normalised images → (logits, aux_logits or None), each (B, C, H, W) float32."""
         size = images.shape[-2:]
-        logits, aux_logits = self.coarse(images)
+        logits, aux_logits = DeepLabV3Plus.coarse(self, images)  # not compiled: whole images have many sizes
         return resize(logits, size), None if aux_logits is None else resize(aux_logits, size)
