@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.resize import resize
+from .atrous import AtrousConv2d
 from .resnet import ResNet
 
 
 def _conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False) -> list[nn.Module]:
     padding = dilation * (kernel // 2)
+    convolution = AtrousConv2d if dilation > 1 else nn.Conv2d
     return [
-        nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias),
+        convolution(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     ]
