@@ -25,6 +25,13 @@ def _conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1, bia
     ]
 
 
+def _logits(head: nn.Sequential, features: Tensor) -> Tensor:
+    """The last layer, which a softmax follows, in float32 whatever autocast makes of the others."""
+    features = head[:-1](features)
+    with torch.autocast(features.device.type, enabled=False):
+        return head[-1](features.float()).contiguous()
+
+
 class ASPP(nn.Module):
     """Five parallel views of the deepest features: the whole image, 1×1, and three dilated 3×3."""
 
@@ -66,7 +73,7 @@ class Decoder(nn.Module):
     def forward(self, x1: Tensor, x4: Tensor) -> Tensor:
         low = self.low_conv(x1)
         high = resize(self.head(self.aspp(x4)), low.shape[-2:])
-        return self.classifier(torch.cat([low, high], dim=1))
+        return _logits(self.classifier, torch.cat([low, high], dim=1))
 
 
 class AuxiliaryHead(nn.Module):
@@ -77,7 +84,7 @@ class AuxiliaryHead(nn.Module):
         self.aux = nn.Sequential(*_conv_bn_relu(inputs, planes, 3), nn.Conv2d(planes, num_classes, 1))
 
     def forward(self, x3: Tensor) -> Tensor:
-        return self.aux(x3)
+        return _logits(self.aux, x3)
 
 
 class DeepLabV3Plus(nn.Module):
@@ -112,8 +119,7 @@ class DeepLabV3Plus(nn.Module):
         For callers that need only some of the images at full size, or one at a time.
         """
         x1, _, x3, x4 = self.encoder(images)
-        logits = self.decoder(x1, x4).float().contiguous()
-        return logits, self.auxor(x3).float().contiguous() if aux and self.auxor is not None else None
+        return self.decoder(x1, x4), self.auxor(x3) if aux and self.auxor is not None else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, 3, H, W) normalised images → (logits, aux_logits or None), each (B, C, H, W) float32."""
