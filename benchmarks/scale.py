@@ -3,7 +3,7 @@
     python -m benchmarks.scale                        # the tables of benchmarks/README.md
     python -m benchmarks.scale --peak 989 --share 0.35
 
-FLOPs are counted by ``torch.utils.flop_counter`` on the ``meta`` device, which computes nothing. Iterations follow from
+FLOPs are counted by ``torch.utils.flop_counter`` with fake tensors, which compute nothing. Iterations follow from
 the recipes in ``exps/`` and the sizes of the data sets.
 """
 
@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,16 +33,16 @@ _LATENCY = {True: 20e-6, False: 40e-6}  # seconds a small collective, within a n
 
 
 def _model(net: Net) -> torch.nn.Module:
-    with torch.device("meta"):
+    with FakeTensorMode():
         return build_model(net, pretrained=False).train()
 
 
 @lru_cache
 def network_flops(net: Net, side: tuple[int, int], images: int, training: bool) -> int:
     """FLOPs of the network's pass over images, forward and backward if ``training``, else without auxiliary head."""
-    model, inputs = _model(net), torch.empty(images, 3, *side, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-        logits, aux = model.coarse(inputs, aux=training)
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        model = build_model(net, pretrained=False).train()
+        logits, aux = model.coarse(torch.empty(images, 3, *side), aux=training)
         if training:
             (logits.sum() + (0 if aux is None else aux.sum())).backward()
     return counter.get_total_flops()
@@ -104,7 +105,7 @@ def print_traffic(peak: float, share: float) -> None:
     """What DDP and SyncBN move in a step, and how long that takes, for two networks."""
     print("\nBytes that each GPU sends in a step, and seconds under the assumptions: computed, not measured\n")
     print(
-        "| network | GPUs | DDP, MB (gradients, ring all-reduce) | ms | SyncBN, MB | its collectives | ms "
+        "| network: gradients, BatchNorm | GPUs | DDP, MB (gradients, ring all-reduce) | ms | SyncBN, MB | its collectives | ms "
         "| step, ms | traffic / step, nothing hidden |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
@@ -125,11 +126,9 @@ def print_traffic(peak: float, share: float) -> None:
             waits = calls * _LATENCY[within] + sync / bandwidth
             traffic = ddp / bandwidth + waits
             print(
-                f"| {encoder} | {gpus} | {ddp / 1e6:.0f} | {1e3 * ddp / bandwidth:.1f} | {sync / 1e6:.1f} | {calls} "
+                f"| {encoder}, {gradients / 1e6:.0f} MB, {len(norms)} norms of {sum(norms):,} channels | {gpus} | {ddp / 1e6:.0f} | {1e3 * ddp / bandwidth:.1f} | {sync / 1e6:.1f} | {calls} "
                 f"| {1e3 * waits:.1f} | {1e3 * step:.0f} | {100 * traffic / step:.0f} % |"
             )
-        channels = f"{len(norms)} BatchNorm layers, {sum(norms):,} channels"
-        print(f"| | | {encoder}: {gradients / 1e6:.0f} MB of float32 gradients, {channels} | | | | | | |")
 
 
 def main() -> None:
