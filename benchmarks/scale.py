@@ -105,8 +105,8 @@ def print_traffic(peak: float, share: float) -> None:
     """What DDP and SyncBN move in a step, and how long that takes, for two networks."""
     print("\nBytes that each GPU sends in a step, and seconds under the assumptions: computed, not measured\n")
     print(
-        "| network: gradients, BatchNorm | GPUs | DDP, MB (gradients, ring all-reduce) | ms | SyncBN, MB | its collectives | ms "
-        "| step, ms | traffic / step, nothing hidden |"
+        "| network: gradients, BatchNorm | GPUs | DDP, MB (gradients, ring all-reduce) | ms | SyncBN, MB "
+        "| its collectives | ms | step, ms | traffic / step, nothing hidden |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for encoder in ("resnet50", "resnet101"):
@@ -115,6 +115,7 @@ def print_traffic(peak: float, share: float) -> None:
         gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
         norms = [module.num_features for module in model.modules() if isinstance(module, _BatchNorm)]
         step = step_flops(config) / (peak * share)
+        name = f"{encoder}, {gradients / 1e6:.0f} MB, {len(norms)} norms of {sum(norms):,} channels"
         for gpus in _GPUS:
             within = gpus <= _NODE
             bandwidth = _NVLINK if within else _NETWORK
@@ -126,7 +127,7 @@ def print_traffic(peak: float, share: float) -> None:
             waits = calls * _LATENCY[within] + sync / bandwidth
             traffic = ddp / bandwidth + waits
             print(
-                f"| {encoder}, {gradients / 1e6:.0f} MB, {len(norms)} norms of {sum(norms):,} channels | {gpus} | {ddp / 1e6:.0f} | {1e3 * ddp / bandwidth:.1f} | {sync / 1e6:.1f} | {calls} "
+                f"| {name} | {gpus} | {ddp / 1e6:.0f} | {1e3 * ddp / bandwidth:.1f} | {sync / 1e6:.1f} | {calls} "
                 f"| {1e3 * waits:.1f} | {1e3 * step:.0f} | {100 * traffic / step:.0f} % |"
             )
 
