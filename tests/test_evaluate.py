@@ -141,7 +141,7 @@ sample[0][:, ::7].fill_(255), sample[1][::3].fill_(1)
 before = peak()
 matrices = evaluate(
     {"student": nn.Conv2d(3, 8, 1)}, [[sample]], lambda images: images.float().div_(255),
-    Predictor(Protocol(1000), torch.device("cpu")), num_classes=8, ignore_index=255,
+    Predictor(Protocol(1200), torch.device("cpu")), num_classes=8, ignore_index=255,
 )
 print(int(matrices["student"].counts.sum()), peak() - before)
 """
@@ -155,8 +155,8 @@ def test_a_large_image_stays_within_the_bound() -> None:
     assert done.returncode == 0, done.stderr
     count, rise = done.stdout.split()
     assert int(count) == 24_000_000
-    window = 4 * 4 * 8 * 1000**2  # logits, probabilities, and what the convolution makes of them
-    bound = 13 * 24e6 + (4 * 8 + 13) * 6000 * 1000 + window
+    window = 4 * 4 * 8 * 1200**2  # logits, probabilities, and what the convolution makes of them
+    bound = 13 * 24e6 + (4 * 8 + 13) * 6000 * 1200 + window
     assert float(rise) * 2**20 < bound < (12 + 4 * 8) * 24e6  # the last: what the whole map would need, with the image
 
 
