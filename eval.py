@@ -57,7 +57,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--whole", action="store_true", help="in one window as large as the image")
     how.add_argument("--flip", action="store_true", help="average probabilities with those of the mirrored image")
     how.add_argument(
-        "--scales", nargs="+", type=float, default=[1.0], metavar="S", help="average over the image in these sizes"
+        "--scales",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        metavar="S",
+        help="average over the image resized by these factors",
     )
     how.add_argument(
         "--accumulate",
@@ -67,7 +72,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     truth = parser.add_argument_group("evaluation")
     truth.add_argument("--list", type=Path, metavar="FILE", help="these images, not dataset.val.data_list")
-    truth.add_argument("--root", type=Path, metavar="DIR", help="where they and their masks lie (default: as val)")
+    truth.add_argument(
+        "--root", type=Path, metavar="DIR", help="where they and their masks lie, not dataset.val.data_root"
+    )
     truth.add_argument("--boundary", action="store_true", help="Boundary IoU, too (bands of 2 %% of the diagonal)")
     truth.add_argument("--json", type=Path, metavar="FILE", help="write all figures, unrounded, with the protocol")
     truth.add_argument("--csv", type=Path, metavar="FILE", help="the same, a row a class")
@@ -145,9 +152,7 @@ def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
         raise UserError("--root: the data set shapes has no folder")
     given = {"data_list": options.list, "data_root": options.root}
     val = dataclasses.replace(config.dataset.val, **{key: str(path) for key, path in given.items() if path is not None})
-    changed = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, val=val))
-    object.__setattr__(changed, "path", config.path)
-    return changed
+    return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, val=val))
 
 
 def evaluate(
