@@ -31,6 +31,7 @@ from imas.engine.log import start_logging
 from imas.engine.memory import estimate_step
 from imas.engine.optim import AVERAGES, explain_batch
 from imas.methods.base import Method
+from imas.report import write as write_page
 from imas.schema import Config
 from imas.strict import Together, UserError, run_script
 
@@ -85,6 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
         start_logging(config.log_dir)
         remark(config, distributed.world_size())
         fit(method, config, lists, seed=options.seed, device=device, continued=continued)
+        if distributed.is_main():
+            show(config)
 
 
 def prepare(config: Config, resume: str | None) -> tuple[Lists, Method, Path | None]:
@@ -114,6 +117,16 @@ def remark(config: Config, world: int) -> None:
         log.info("translated: %s", "; ".join(config.translated))
     for line in explain_batch(config, world):
         log.warning(line)
+
+
+def show(config: Config) -> None:
+    """The page of the run. A run that is done and saved does not fail for want of it."""
+    try:
+        log.info("report:       %s", write_page([config.log_dir], config.log_dir / "report.html"))
+    except (UserError, OSError) as error:
+        log.warning("the page of the run was not written: %s", error)
+    except Exception:
+        log.exception("the page of the run was not written, for a mistake in it; the run itself is whole")
 
 
 def report(config: Config, lists: Lists, seed: int) -> None:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from .markup import COLOURS, Markup
 
 _WIDTH, _HEIGHT = 440, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 92, 10, 34  # margins; labels of lines stand in the right one
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 100, 10, 36  # margins; labels of lines stand in the right one
 _GAP = 13  # between two labels
-_DOTS = 40  # lines of at most so many points show them
+_APART = 7  # points of a line are shown where they are so far apart
 
 
 class Line(NamedTuple):
@@ -39,18 +39,20 @@ class Band(NamedTuple):
     colour: int = 0
 
 
-def line_chart(lines: Sequence[Line], bands: Sequence[Band] = (), *, title: str, zero: bool = False) -> Markup:
+def line_chart(
+    lines: Sequence[Line], bands: Sequence[Band] = (), *, title: str, epochs: tuple[int, int], zero: bool = False
+) -> Markup:
     """An SVG of curves over epochs, all values finite, at least one point.
 
     Args:
+        epochs: the first and the last one of the horizontal axis.
         title: what it shows, for readers who do not see it.
         zero: the vertical axis begins at 0.
     """
-    epochs = [x for line in lines for x in line.x]
+    first, last = epochs
     values = [y for line in lines for y in line.y] + [y for band in bands for y in (*band.low, *band.high)]
-    ticks_x = _ticks(min(epochs), max(epochs), 6, whole=True)
+    ticks_x = _ticks(first, last, 6, whole=True)
     ticks_y = _ticks(min(0.0, *values) if zero else min(values), max(values), 5)
-    first, last = min(epochs), max(epochs)
     low, high = min(ticks_y[0], *values), max(ticks_y[-1], *values)
     floor, end = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
 
@@ -81,10 +83,11 @@ def line_chart(lines: Sequence[Line], bands: Sequence[Band] = (), *, title: str,
     return Markup("".join([*parts, "</svg>"]))
 
 
-def sparkline(lines: Sequence[Line], bands: Sequence[Band] = (), *, title: str, high: float) -> Markup:
+def sparkline(
+    lines: Sequence[Line], bands: Sequence[Band] = (), *, title: str, epochs: tuple[int, int], high: float
+) -> Markup:
     """A small SVG of curves between 0 and ``high``, without axes; dashed lines are drawn thin instead."""
-    epochs = [x for line in lines for x in line.x]
-    first, span = min(epochs), max(epochs) - min(epochs) or 1
+    first, span = epochs[0], epochs[1] - epochs[0] or 1
     width, height = 160, 44
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -105,8 +108,13 @@ def sparkline(lines: Sequence[Line], bands: Sequence[Band] = (), *, title: str, 
 
 
 def number(value: float) -> str:
-    """Three significant digits, four where they are all before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    """Three significant digits, more where they stand before the point."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    if value and abs(value) < 0.001:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:.3g}"
 
 
 def _curve(line: Line, at) -> str:
@@ -115,7 +123,7 @@ def _curve(line: Line, at) -> str:
     kind = "line dashed" if line.dashed else "line"
     name = " ".join(filter(None, (line.run, line.role)))
     parts = [f'<path class="{kind} c{line.colour % COLOURS}" d="M{_path(points)}"><title>{escape(name)}</title></path>']
-    if len(points) <= _DOTS:
+    if points[-1][0] - points[0][0] >= _APART * (len(points) - 1):
         for (x, y), epoch, value in zip(points, line.x, line.y):
             parts.append(_dot(x, y, "dot", line.colour, 1.9, f"{name} epoch {_tick(epoch)}: {number(value)}"))
     if line.best:
@@ -135,17 +143,18 @@ def _path(points: Iterable[tuple[float, float]]) -> str:
 
 
 def _apart(wanted: Sequence[float], top: float, bottom: float) -> list[float]:
-    """Heights near the wanted ones, in their order, a label's height apart, and above ``bottom`` if they fit."""
+    """Heights near the wanted ones, in their order, a label's height apart where they fit between the ends."""
+    gap = min(_GAP, (bottom - top) / max(1, len(wanted) - 1))
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     placed = list(wanted)
     least = top
     for index in order:
         placed[index] = max(placed[index], least)
-        least = placed[index] + _GAP
+        least = placed[index] + gap
     most = bottom
     for index in reversed(order):
         placed[index] = min(placed[index], most)
-        most = placed[index] - _GAP
+        most = placed[index] - gap
     return placed
 
 

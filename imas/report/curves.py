@@ -74,7 +74,7 @@ def _figure(runs: Runs, title: str, lines: Sequence[Line], bands: Sequence[Band]
         return ""
     shown = {line.run for line in lines}
     legend = " ".join(label(run) for run in runs if run.name in shown)
-    chart = line_chart(lines, bands, title=title, zero=zero)
+    chart = line_chart(lines, bands, title=title, epochs=all_epochs(runs), zero=zero)
     return f"<figure><figcaption>{escape(title)}</figcaption>{legend and f'<p>{legend}</p>'}{chart}</figure>"
 
 
@@ -93,14 +93,26 @@ def pseudo_labels(runs: Runs) -> str:
                 continue
             lines += [Line(*predicted, run.place, dashed=True), Line(*confident, run.place)]
             bands.append(Band(confident.epochs, [0.0] * len(confident.epochs), confident.values, run.place))
-            share, passed = predicted.values[-1], confident.values[-1]
-            confidence = f", {number(100 * passed / share)} % of them confident" if share else ""
-            said.append(f'<p class="quiet">{label(run)} {number(100 * share)} % of pixels{confidence}</p>')
+            share, passes = predicted.values[-1], confident.values[-1]
+            words = f"{number(100 * share)} %"
+            if f"labeled/{name}" in run.curves:
+                words += f" (labeled {number(100 * float(np.mean(run.curves[f'labeled/{name}'].values)))} %)"
+            words += f", {number(100 * passes / share)} % pass" if share else ""
+            said.append(f'<p class="quiet">{label(run)} {words}</p>')
         if lines:
-            chart = sparkline(lines, bands, title=f"pixels of {name}", high=max(max(line.y) for line in lines))
+            high = max(max(line.y) for line in lines)
+            chart = sparkline(lines, bands, title=f"pixels of {name}", epochs=all_epochs(runs), high=high)
             figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{chart}{''.join(said)}</figure>")
     explanation = (
-        '<p class="quiet">Over the epochs; each class has a scale of its own. Thin line: pixels of the unlabeled crops '
-        "that have this pseudo label. Filled: those of them that pass the threshold. Figures: the last epoch.</p>"
+        '<p class="quiet">Over the epochs; each class has a scale of its own. Thin line: share of the pixels of the '
+        "unlabeled crops that have this pseudo label. Filled: those of them that pass the threshold. Figures: that "
+        "share in the last epoch, the share of the class in the labeled crops, and how much passes.</p>"
     )
     return f'{explanation}<div class="small">{"".join(figures)}</div>' if figures else ""
+
+
+def all_epochs(runs: Runs) -> tuple[int, int]:
+    """The first and the last epoch of the horizontal axis of every chart."""
+    ends = [epochs[-1] for run in runs for epochs, _ in run.curves.values()]
+    ends += [int(run.scores.epoch.max()) for run in runs if len(run.scores.epoch)]
+    return 0, max(ends, default=0)

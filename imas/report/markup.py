@@ -13,16 +13,17 @@ from PIL import Image
 
 from .records import Record
 
-# Colours of runs are the classes c0, c1, ...: told apart with the common colour deficiencies, in light and dark.
+# Colours of runs are the classes c0, c1, ...: at least 25 apart in CIELAB, as simulated deficiencies see them too
+# (Machado et al., 2009), and dark or light enough for text.
 COLOURS = 6
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d2126; --quiet: #626b76; --rule: #dde1e6; --warn: #fff4dc }
-.c0 { --c: #0b6bb3 } .c1 { --c: #c8500a } .c2 { --c: #12815f } .c3 { --c: #a83a86 } .c4 { --c: #8a6a00 }
-.c5 { --c: #4a4f57 }
+.c0 { --c: #0b6bb3 } .c1 { --c: #bd5400 } .c2 { --c: #3f2a2a } .c3 { --c: #9300fc } .c4 { --c: #2a0093 }
+.c5 { --c: #936954 }
 @media screen and (prefers-color-scheme: dark) {
   :root { --paper: #16191d; --ink: #e4e7eb; --quiet: #98a2ae; --rule: #343a42; --warn: #3a3017 }
-  .c0 { --c: #62b5f5 } .c1 { --c: #ff9552 } .c2 { --c: #4fd0a3 } .c3 { --c: #ec9bd3 } .c4 { --c: #e3c04b }
-  .c5 { --c: #bcc3cd }
+  .c0 { --c: #62b5f5 } .c1 { --c: #fc7e15 } .c2 { --c: #a8937e } .c3 { --c: #d2d2e7 } .c4 { --c: #e7a869 }
+  .c5 { --c: #7e7efc }
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
@@ -33,19 +34,21 @@ p { margin: .3rem 0 } .quiet, caption { color: var(--quiet) } caption { text-ali
 .run { color: var(--c); overflow-wrap: anywhere } .run::before { content: "\\25A0  " }
 .warnings { margin: 1rem 0; padding: .7rem 1rem .7rem 2rem; background: var(--warn); border-radius: 6px }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.6rem 1.4rem }
-.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1.1rem }
+.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1.1rem }
 figure { margin: 0; min-width: 0; break-inside: avoid } figcaption { font-weight: 600; margin-bottom: .35rem }
 .small figcaption { margin: 0; overflow-wrap: anywhere } .small p { margin: 0; font-size: .8rem }
 .wide { overflow-x: auto; margin: .6rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .22rem 1.2rem .22rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule) }
-th { font-weight: 600 } td svg { width: 120px } td, th { overflow-wrap: anywhere; min-width: 3.2rem }
-.n td:not(:first-child), .n th:not(:first-child) { text-align: right }
+th { font-weight: 600 } td { overflow-wrap: anywhere; min-width: 6.5rem }
+tbody th { overflow-wrap: anywhere; min-width: 8.5rem } thead th { vertical-align: bottom }
+.n td, .n thead th:not(:first-child) { text-align: right; min-width: 0 } .n td { white-space: nowrap }
+td svg { width: 120px; margin-left: auto }
 .pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr)); gap: 0 2rem }
 img { display: block; max-width: 100%; height: auto; min-width: 38rem }
 pre { overflow-x: auto; font-size: .82rem } details { margin: .4rem 0 } summary { cursor: pointer }
 code { overflow-wrap: anywhere }
-svg { display: block; width: 100%; height: auto; overflow: visible; font: 11px system-ui, sans-serif }
+svg { display: block; width: 100%; height: auto; overflow: visible; font: 12px system-ui, sans-serif }
 svg .line { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round }
 svg .thin { stroke-width: 1; opacity: .7 }
 svg .dashed { stroke-dasharray: 5 3 }
@@ -54,6 +57,7 @@ svg .best { fill: var(--paper); stroke: var(--c); stroke-width: 1.8 }
 svg .band { fill: var(--c); opacity: .17 }
 svg .grid { stroke: var(--rule); stroke-width: 1 }
 svg .tick { fill: var(--quiet) }
+@media (max-width: 40rem) { th, td { padding-right: .7rem } tbody th { min-width: 6.8rem } }
 @media print { body { max-width: none; padding: 0; font-size: 11px } img { min-width: 0 } .wide { overflow: visible } }
 """
 

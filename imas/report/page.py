@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -15,13 +16,12 @@ import yaml
 
 from ..strict import UserError
 from .charts import Line, number, sparkline
-from .curves import over_epochs, pseudo_labels
+from .curves import Runs, all_epochs, over_epochs, pseudo_labels
 from .markup import Markup, document, folded, heading, label, picture, table
 from .records import Curve, Record, Scores, read_records
 
-Runs = Sequence[Record]
-
 _EXTREMES = 8  # of the hardest and of the easiest images
+_WORDS = {"iou": "IoU", "accuracy": "accuracy"}
 _NETWORKS = (("teacher", "miou_tea"), ("student", "miou_stu"))  # the first that a run has selects its best checkpoint
 
 
@@ -86,7 +86,7 @@ def _in_words(run: Record) -> str:
     for network, column in _NETWORKS:
         if column in run.curves:
             best, epoch = _best(run.curves[column])
-            said = f"{network}, epoch {epoch}; {_protocol(run)}"
+            said = "; ".join(filter(None, (f"{network}, epoch {epoch}", _protocol(run))))
             return f"{text} · <strong>best mIoU {best:.2f} %</strong> ({escape(said)})"
     return f"{text} · not evaluated yet"
 
@@ -113,7 +113,7 @@ def _summary(runs: Runs) -> str:
         "total batch": lambda run: _start(run, "total_batch"),
         "processes": lambda run: _start(run, "processes"),
         "devices": lambda run: ", ".join(dict.fromkeys(map(str, _start(run, "devices") or []))) or None,
-        "commit": lambda run: _start(run, "git"),
+        "commit": lambda run: re.sub(r"([0-9a-f]{12})[0-9a-f]*", r"\1", str(_start(run, "git") or "")),
         "started": _started,
         "starts": lambda run: len(run.starts) or None,
     }
@@ -126,35 +126,32 @@ def _differences(runs: Runs) -> str:
     if len(runs) == 1 or not any(run.recipe for run in runs):
         return ""
     recipes = [_flat(run.recipe) for run in runs]
-    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    keys = sorted(dict.fromkeys(key for recipe in recipes for key in recipe), key=lambda key: "." in key)
     values = {key: [recipe.get(key) for recipe in recipes] for key in keys}
     rows = [(key, *row) for key, row in values.items() if any(value != row[0] for value in row)]
     return table(_header(runs), rows) if rows else "<p>Nothing: the recipes are equal.</p>"
 
 
 def _evaluation(runs: Runs) -> str:
-    """IoU and accuracy of each network of each run, and each class's share of the true pixels."""
+    """IoU and, of a single run, accuracy of each network, and each class's share of the true pixels."""
     columns = [(run, name, figures) for run in runs for name, figures in run.evaluation.get("networks", {}).items()]
     if not columns:
         return ""
+    kinds = ("iou", "accuracy") if len(runs) == 1 else ("iou",)
     header, shares = ["class"], []
     for run, name, figures in columns:
-        header += [Markup(f"{label(run)} {escape(name)} {kind}") for kind in ("IoU", "accuracy")]
+        whose = f"{label(run)}<br/>" if label(run) else ""
+        header += [Markup(f"{whose}{escape(name)} {_WORDS[kind]}") for kind in kinds]
         if figures.get("pixels") not in (None, *shares):  # the same for all networks, and for all runs on one list
             shares.append(figures["pixels"])
     header += ["pixels"] * len(shares)
-    classes = dict.fromkeys(name for _, _, figures in columns for name in figures.get("iou", {}))
-    rows: list[list[Any]] = [
-        [
-            name,
-            *(_percent(figures.get(kind, {}).get(name)) for _, _, figures in columns for kind in ("iou", "accuracy")),
-            *(_percent(share.get(name)) for share in shares),
-        ]
-        for name in classes
-    ]
-    for title, kinds in (("mean", ("miou", "mean_accuracy")), ("all pixels", ("fwiou", "pixel_accuracy"))):
-        rows.append([title, *(_percent(figures.get(kind)) for _, _, figures in columns for kind in kinds)])
-        rows[-1] += [Markup("")] * len(shares)
+    rows: list[list[Any]] = []
+    for name in dict.fromkeys(name for _, _, figures in columns for name in figures.get("iou", {})):
+        cells = [_percent(figures.get(kind, {}).get(name)) for _, _, figures in columns for kind in kinds]
+        rows.append([name, *cells, *(_percent(share.get(name)) for share in shares)])
+    for title, means in (("mean", ("miou", "mean_accuracy")), ("all pixels", ("fwiou", "pixel_accuracy"))):
+        cells = [_percent(figures.get(mean)) for _, _, figures in columns for mean in means[: len(kinds)]]
+        rows.append([title, *cells, *[Markup("")] * len(shares)])
     note = '<p class="quiet">After the last epoch. The IoU of all pixels is the mean weighted by pixels.</p>'
     return note + table(header, rows, numbers=True)
 
@@ -166,25 +163,27 @@ def _images(runs: Runs) -> str:
         count = min(_EXTREMES, (len(ranked) + 1) // 2)
         groups = {"hardest": ranked[:count], "easiest": ranked[count:][-count:][::-1]}
         tables = [
-            f"<div>{_image_table(run.scores, images, f'{title} first', run.place)}</div>"
+            f"<div>{_image_table(run, images, f'{title} first')}</div>"
             for title, images in groups.items()
             if len(images)
         ]
         if tables:
             parts.append(f'{heading(run)}<div class="pair">{"".join(tables)}</div>')
     views = _pictures(runs, "views.png", "hardest and easiest unlabeled images of the last epoch, with their views")
-    return "".join(parts) + views
+    note = '<p class="quiet">Those of the last epoch, with their views:</p>'
+    return "".join(parts) + (views and note + views)
 
 
-def _image_table(scores: Scores, images: Sequence[int], caption: str, colour: int) -> str:
-    rows = []
+def _image_table(run: Record, images: Sequence[int], caption: str) -> str:
+    rows, scores = [], run.scores
     for image in images:
-        mine = scores.image == image
+        mine = run.scores.image == image
         epochs, values = scores.epoch[mine].tolist(), scores.score[mine].tolist()
-        trend = sparkline([Line(epochs, values, colour)], title=f"scores of {scores.names[image]}", high=1.0)
+        title = f"scores of {scores.names[image]}"
+        trend = sparkline([Line(epochs, values, run.place)], title=title, epochs=all_epochs([run]), high=1.0)
         change = f"{values[-1] - values[0]:+.2f}" if len(values) > 1 else None
         rows.append((scores.names[image], f"{values[-1]:.3f}", epochs[-1], change, trend))
-    return table(["image", "last score", "epoch", "since first", "trend, 0 to 1"], rows, caption=caption)
+    return table(["image", "last score", "epoch", "since first", "trend, 0 to 1"], rows, caption=caption, numbers=True)
 
 
 def _ranked(scores: Scores) -> Sequence[int]:

@@ -15,6 +15,8 @@ import yaml
 
 from ..strict import UserError
 
+_SCORES = ("epoch", "image", "score")
+
 
 class Curve(NamedTuple):
     """One column over the epochs in which it has a finite value."""
@@ -73,13 +75,15 @@ def _log_folder(run: Path) -> Path:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The end of each path, as short as it can be without two being alike."""
-    parts = [folder.parent.parts[1:] if folder.name == "log" else folder.parts[1:] for folder in folders]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) or str(folder) for part, folder in zip(parts, folders)]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]  # a/log and a, both with a run
+    """The end of each path, as long as it must be for no other to end so."""
+    paths = [(folder.parent if folder.name == "log" else folder).parts for folder in folders]
+    names = []
+    for place, path in enumerate(paths):
+        others = paths[:place] + paths[place + 1 :]
+        depths = range(1, len(path) + 1)
+        depth = next((depth for depth in depths if all(other[-depth:] != path[-depth:] for other in others)), None)
+        names.append("/".join(path[-depth:]) if depth else str(folders[place]))  # a and a/log may both hold a run
+    return names
 
 
 def _read(folder: Path, name: str, place: int, alone: bool) -> Record:
@@ -140,16 +144,13 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
 
 def _scores(path: Path) -> Scores:
     numbers: dict[str, int] = {}
-    epochs, images, scores = [], [], []
-    for row in _rows(path, "epoch", "image", "score"):
-        epochs.append(int(_number(path, row["epoch"])))
-        images.append(numbers.setdefault(row["image"], len(numbers)))
-        scores.append(_number(path, row["score"]))
-    finite = np.isfinite(np.array(scores, dtype=float))
-    epoch, image, score = (np.array(values, dtype=kind)[finite] for values, kind in (
-        (epochs, int), (images, int), (scores, float)
-    ))  # fmt: skip
-    return Scores(epoch, image, score, list(numbers))
+    rows = [
+        (_number(path, row["epoch"]), numbers.setdefault(row["image"], len(numbers)), _number(path, row["score"]))
+        for row in _rows(path, *_SCORES)
+    ]
+    table = np.array(rows, dtype=float).reshape(-1, 3)
+    epoch, image, score = table[np.isfinite(table).all(1)].T
+    return Scores(epoch.astype(int), image.astype(int), score, list(numbers))
 
 
 def _evaluation(path: Path) -> dict:
