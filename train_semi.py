@@ -119,16 +119,6 @@ def remark(config: Config, world: int) -> None:
         log.warning(line)
 
 
-def show(config: Config) -> None:
-    """The page of the run. A run that is done and saved does not fail for want of it."""
-    try:
-        log.info("report:       %s", write_page([config.log_dir], config.log_dir / "report.html"))
-    except (UserError, OSError) as error:
-        log.warning("the page of the run was not written: %s", error)
-    except Exception:
-        log.exception("the page of the run was not written, for a mistake in it; the run itself is whole")
-
-
 def report(config: Config, lists: Lists, seed: int) -> None:
     """What ``--check`` prints: the resolved recipe, iterations, what differs from the reference, memory."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -157,6 +147,16 @@ def repeat_bitwise() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
+
+
+def show(config: Config) -> None:
+    """The page of the run. A run that is done and saved does not fail for want of it."""
+    try:
+        log.info("report:       %s", write_page([config.log_dir], config.log_dir / "report.html"))
+    except (UserError, OSError) as error:
+        log.warning("the page of the run was not written: %s", error)
+    except Exception:
+        log.exception("the page of the run was not written, for a mistake in it; the run itself is whole")
 
 
 if __name__ == "__main__":
