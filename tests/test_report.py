@@ -141,7 +141,7 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     assert table[2] == [CLASSES[1], "n/a", "75.00", "n/a", "75.00", "33.30"]
     assert table[4:] == [
         ["mean", "65.00", "75.00", "61.50", "75.00", ""],
-        ["all pixels", "70.00", "80.00", "70.00", "80.00", ""],
+        ["by frequency", "70.00", "80.00", "70.00", "80.00", ""],
     ]
 
     images = _rows(tree, "The hardest and the easiest unlabeled images")

@@ -149,10 +149,10 @@ def _evaluation(runs: Runs) -> str:
     for name in dict.fromkeys(name for _, _, figures in columns for name in figures.get("iou", {})):
         cells = [_percent(figures.get(kind, {}).get(name)) for _, _, figures in columns for kind in kinds]
         rows.append([name, *cells, *(_percent(share.get(name)) for share in shares)])
-    for title, means in (("mean", ("miou", "mean_accuracy")), ("all pixels", ("fwiou", "pixel_accuracy"))):
+    for title, means in (("mean", ("miou", "mean_accuracy")), ("by frequency", ("fwiou", "pixel_accuracy"))):
         cells = [_percent(figures.get(mean)) for _, _, figures in columns for mean in means[: len(kinds)]]
         rows.append([title, *cells, *[Markup("")] * len(shares)])
-    note = '<p class="quiet">After the last epoch. The IoU of all pixels is the mean weighted by pixels.</p>'
+    note = '<p class="quiet">After the last epoch. By frequency: a class weighs as much as it has pixels.</p>'
     return note + table(header, rows, numbers=True)
 
 
