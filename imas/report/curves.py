@@ -74,7 +74,7 @@ def _figure(runs: Runs, title: str, lines: Sequence[Line], bands: Sequence[Band]
         return ""
     shown = {line.run for line in lines}
     legend = " ".join(label(run) for run in runs if run.name in shown)
-    chart = line_chart(lines, bands, title=title, epochs=all_epochs(runs), zero=zero)
+    chart = line_chart(lines, bands, title=title, epochs=_all_epochs(runs), zero=zero)
     return f"<figure><figcaption>{escape(title)}</figcaption>{legend and f'<p>{legend}</p>'}{chart}</figure>"
 
 
@@ -100,8 +100,9 @@ def pseudo_labels(runs: Runs) -> str:
             words += f", {number(100 * passes / share)} % pass" if share else ""
             said.append(f'<p class="quiet">{label(run)} {words}</p>')
         if lines:
+            ends = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
             high = max(max(line.y) for line in lines)
-            chart = sparkline(lines, bands, title=f"pixels of {name}", epochs=all_epochs(runs), high=high)
+            chart = sparkline(lines, bands, title=f"pixels of {name}", epochs=ends, high=high)
             figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{chart}{''.join(said)}</figure>")
     explanation = (
         '<p class="quiet">Over the epochs; each class has a scale of its own. Thin line: share of the pixels of the '
@@ -111,7 +112,7 @@ def pseudo_labels(runs: Runs) -> str:
     return f'{explanation}<div class="small">{"".join(figures)}</div>' if figures else ""
 
 
-def all_epochs(runs: Runs) -> tuple[int, int]:
+def _all_epochs(runs: Runs) -> tuple[int, int]:
     """The first and the last epoch of the horizontal axis of every chart."""
     ends = [epochs[-1] for run in runs for epochs, _ in run.curves.values()]
     ends += [int(run.scores.epoch.max()) for run in runs if len(run.scores.epoch)]

@@ -31,7 +31,8 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: 
 h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere } h2 { margin: 2.4rem 0 .7rem; font-size: 1.2rem }
 h3 { margin: 1.2rem 0 .4rem; font-size: 1rem; overflow-wrap: anywhere }
 p { margin: .3rem 0 } .quiet, caption { color: var(--quiet) } caption { text-align: left; padding-bottom: .3rem }
-.run { color: var(--c); overflow-wrap: anywhere } .run::before { content: "\\25A0  " }
+.run { color: var(--c); overflow-wrap: anywhere }
+.run::before { content: "\\25A0  " } thead .run { overflow-wrap: normal }
 .warnings { margin: 1rem 0; padding: .7rem 1rem .7rem 2rem; background: var(--warn); border-radius: 6px }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.6rem 1.4rem }
 .small { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1.1rem }
@@ -41,7 +42,7 @@ figure { margin: 0; min-width: 0; break-inside: avoid } figcaption { font-weight
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .22rem 1.2rem .22rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule) }
 th { font-weight: 600 } td { overflow-wrap: anywhere; min-width: 6.5rem }
-tbody th { overflow-wrap: anywhere; min-width: 8.5rem } thead th { vertical-align: bottom }
+tbody th { overflow-wrap: anywhere; min-width: 8rem } thead th { vertical-align: bottom }
 .n td, .n thead th:not(:first-child) { text-align: right; min-width: 0 } .n td { white-space: nowrap }
 td svg { width: 120px; margin-left: auto }
 .pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr)); gap: 0 2rem }
@@ -57,7 +58,7 @@ svg .best { fill: var(--paper); stroke: var(--c); stroke-width: 1.8 }
 svg .band { fill: var(--c); opacity: .17 }
 svg .grid { stroke: var(--rule); stroke-width: 1 }
 svg .tick { fill: var(--quiet) }
-@media (max-width: 40rem) { th, td { padding-right: .7rem } tbody th { min-width: 6.8rem } }
+@media (max-width: 40rem) { th, td { padding-right: .7rem } tbody th { min-width: 7.7rem } }
 @media print { body { max-width: none; padding: 0; font-size: 11px } img { min-width: 0 } .wide { overflow: visible } }
 """
 

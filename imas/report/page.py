@@ -16,7 +16,7 @@ import yaml
 
 from ..strict import UserError
 from .charts import Line, number, sparkline
-from .curves import Runs, all_epochs, over_epochs, pseudo_labels
+from .curves import Runs, over_epochs, pseudo_labels
 from .markup import Markup, document, folded, heading, label, picture, table
 from .records import Curve, Record, Scores, read_records
 
@@ -128,7 +128,8 @@ def _differences(runs: Runs) -> str:
     recipes = [_flat(run.recipe) for run in runs]
     keys = sorted(dict.fromkeys(key for recipe in recipes for key in recipe), key=lambda key: "." in key)
     values = {key: [recipe.get(key) for recipe in recipes] for key in keys}
-    rows = [(key, *row) for key, row in values.items() if any(value != row[0] for value in row)]
+    differing = {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+    rows = [(Markup(escape(key).replace(".", ".<wbr/>")), *row) for key, row in differing.items()]
     return table(_header(runs), rows) if rows else "<p>Nothing: the recipes are equal.</p>"
 
 
@@ -176,11 +177,12 @@ def _images(runs: Runs) -> str:
 
 def _image_table(run: Record, images: Sequence[int], caption: str) -> str:
     rows, scores = [], run.scores
+    ends = int(scores.epoch.min()), int(scores.epoch.max())
     for image in images:
         mine = run.scores.image == image
         epochs, values = scores.epoch[mine].tolist(), scores.score[mine].tolist()
         title = f"scores of {scores.names[image]}"
-        trend = sparkline([Line(epochs, values, run.place)], title=title, epochs=all_epochs([run]), high=1.0)
+        trend = sparkline([Line(epochs, values, run.place)], title=title, epochs=ends, high=1.0)
         change = f"{values[-1] - values[0]:+.2f}" if len(values) > 1 else None
         rows.append((scores.names[image], f"{values[-1]:.3f}", epochs[-1], change, trend))
     return table(["image", "last score", "epoch", "since first", "trend, 0 to 1"], rows, caption=caption, numbers=True)
