@@ -57,7 +57,7 @@ def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluatio
     name, matrix = next(iter(matrices.items()))
     log.info("%s after the last epoch, in percent:\n%s", name, format_table(matrix, names))
     everything = {
-        "protocol": {"epoch": run.epoch, "images": len(run.lists.val), "window": config.dataset.val.crop.size},
+        "protocol": {"epoch": run.epoch, "images": len(run.lists.val)} | evaluation.protocol.to_dict(),
         "networks": {name: figures(matrix, names) for name, matrix in matrices.items()},
     }
     text = json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
