@@ -170,8 +170,8 @@ def _images(runs: Runs) -> str:
         ]
         if tables:
             parts.append(f'{heading(run)}<div class="pair">{"".join(tables)}</div>')
-    views = _pictures(runs, "views.png", "hardest and easiest unlabeled images of the last epoch, with their views")
-    note = '<p class="quiet">Those of the last epoch, with their views:</p>'
+    views = _pictures(runs, "views.png", "hardest and easiest unlabeled images, with their views")
+    note = '<p class="quiet">The first three of each, as a step would have treated them at the end:</p>'
     return "".join(parts) + (views and note + views)
 
 
@@ -261,7 +261,7 @@ def _protocol(run: Record) -> str:
     protocol = {name: value for name, value in run.evaluation.get("protocol", {}).items() if name != "epoch"}
     if not protocol:
         protocol = {"images": _lists(run).get("val"), "window": _get(run.recipe, "dataset.val.crop.size")}
-    return ", ".join(f"{name} {value}" for name, value in protocol.items() if value is not None)
+    return ", ".join(f"{name} {value}" for name, value in protocol.items() if value not in (None, False, [1.0]))
 
 
 def _lists(run: Record) -> dict[str, int]:
