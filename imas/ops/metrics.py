@@ -111,7 +111,7 @@ class BoundaryIoU:
     """IoU near the boundaries of classes alone (Cheng et al., CVPR 2021), counted over a data set.
 
     Of each class's true and predicted pixels those count that are near another class, an ignored pixel or the image's
-    border: no further, along rows and columns, than 2 % of the image's diagonal. Ignored pixels are taken out of truth and
+    border: within 2 % of the image's diagonal, along rows and columns. Ignored pixels are taken out of truth and
     prediction alike. ``matrix`` has one class more than the data: pixels that are near no boundary.
     """
 
