@@ -34,8 +34,8 @@ from imas.data.normalise import Normalise
 from imas.engine import checkpoint
 from imas.engine.evaluate import Evaluation, figures, format_table
 from imas.engine.log import start_logging
-from imas.engine.predict import Incomplete, find_images, predict_images
 from imas.engine.precision import prepare_network
+from imas.engine.predict import Incomplete, find_images, predict_images
 from imas.engine.results import confusion_picture, need_file, need_folder, replacing, write_csv, write_json
 from imas.engine.sliding import Predictor, Protocol
 from imas.models.deeplabv3plus import DeepLabV3Plus
