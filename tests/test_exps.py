@@ -64,7 +64,7 @@ def _leaves(section: dict) -> list[tuple[dict, str]]:
 # What a step of a recipe is made of, apart from its lists: one step of each kind is enough.
 def _kind(path: Path) -> str:
     config = load_config(path)
-    train = dataclasses.replace(config.dataset.train, data_list=None, batch_size=2)
+    train = dataclasses.replace(config.dataset.train, data_list=None, unlabeled_list=None, batch_size=2)
     return repr((dataclasses.replace(config.dataset, train=train, n_sup=None), config.net, config.criterion))
 
 

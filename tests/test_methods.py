@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import golden
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imas import ConfusionMatrix, build_model, ohem_cross_entropy, poly_lr
+from imas import Config, ConfusionMatrix, build_model, ohem_cross_entropy, poly_lr
 from imas.build import METHODS
 from imas.methods.base import Batch, Method, Progress, Step
 from imas.methods.imas import IMAS
@@ -276,7 +277,9 @@ CONTRACT = {
 
 
 def test_every_method_is_under_contract() -> None:
+    names = next(field.type for field in dataclasses.fields(Config) if field.name == "method")
     assert CONTRACT.keys() == METHODS.keys()
+    assert all(f'"{name}"' in names for name in METHODS) and names.count('"') == 2 * len(METHODS)
 
 
 @pytest.mark.parametrize("make", CONTRACT.values(), ids=CONTRACT)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, start
+from conftest import run, run_ranks, start
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -133,7 +133,7 @@ def test_two_processes_train_together(experiment: Callable[..., Path]) -> None:
     assert len([row for row in scores if row["epoch"] == "2"]) == 16  # 2 ranks, 2 batches of 4 each
     out = config.parent / "one.json"
     checkpoint = config.parent / "checkpoints" / "ckpt.pth"
-    evaluated = run("eval.py", "--config", config, "--checkpoint", checkpoint, "--json", out, launcher=TORCHRUN)
+    evaluated, _ = run_ranks("eval.py", "--config", config, "--checkpoint", checkpoint, "--json", out)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(out.read_text())["miou"] == float(metrics[2]["miou_tea"])
     assert "on 5 images" in evaluated.stdout
