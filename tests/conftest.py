@@ -67,10 +67,10 @@ class Forked:
     already (see ``_FORKS``); modules of the project are not.
     """
 
-    def __init__(self, words: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, words: list[str], environment: dict[str, str], folder: Path) -> None:
         self.args = words
         self._folder = Path(tempfile.mkdtemp(prefix="imas-test-"))
-        self._process = _FORKS.Process(target=_as_script, args=(words, environment, self._folder))
+        self._process = _FORKS.Process(target=_as_script, args=(words, environment, folder, self._folder))
         self._process.start()
         self.pid = self._process.pid
         _started.append(self)
@@ -116,16 +116,17 @@ def _end() -> None:
         forked._process.kill()
 
 
-def _as_script(words: list[str], environment: dict[str, str], folder: Path) -> None:
+def _as_script(words: list[str], environment: dict[str, str], folder: Path, outputs: Path) -> None:
     """In the forked process: as the interpreter does it."""
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    os.chdir(ROOT)
+    os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(outputs / name, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.path.insert(0, str(folder if words[0] == "-m" else (folder / words[0]).resolve().parent))
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -134,20 +135,24 @@ def _as_script(words: list[str], environment: dict[str, str], folder: Path) -> N
         runpy.run_path(words[0], run_name="__main__")
 
 
-def start(*words: str | Path, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen | Forked:
+def start(
+    *words: str | Path, launcher: tuple[str, ...] = (), folder: Path = ROOT, **environment: str
+) -> subprocess.Popen | Forked:
     """A script of the project in a process of its own, on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     if not launcher:
-        return Forked(list(map(str, words)), environment)
+        return Forked(list(map(str, words)), environment, folder)
     command = [sys.executable, *launcher, *map(str, words)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def run(*words: str | Path, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
+def run(
+    *words: str | Path, launcher: tuple[str, ...] = (), folder: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
     """``start`` and wait."""
-    process = start(*words, launcher=launcher, **environment)
+    process = start(*words, launcher=launcher, folder=folder, **environment)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import run, run_ranks, start
 
+from imas.strict import run_script
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
@@ -218,3 +220,15 @@ def test_an_earlier_run_is_not_overwritten(experiment: Callable[..., Path]) -> N
     assert (config.parent / "checkpoints" / "ckpt.pth").read_bytes() == before
     wrong = run("eval.py", "--config", config, "--checkpoint", config)
     assert wrong.returncode == 2 and "not safe to load" in wrong.stderr
+
+
+def test_a_gpu_without_memory_is_a_sentence(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 2
+    assert (
+        "error: the GPU is out of memory" in (err := capsys.readouterr().err) and "9 GiB" in err and "more" not in err
+    )
