@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 from pathlib import Path
 
 from imas import distributed
@@ -18,9 +17,8 @@ from imas.config import load_config
 from imas.data.check import check_data
 from imas.data.lists import read_lists
 from imas.engine import checkpoint
-from imas.engine.evaluate import Evaluation, format_table
+from imas.engine.evaluate import Evaluation, figures, format_table
 from imas.engine.log import start_logging
-from imas.ops.metrics import ConfusionMatrix
 from imas.strict import UserError, run_script
 
 log = logging.getLogger("imas")
@@ -64,24 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.json is not None:
         protocol = {"network": name, "checkpoint": str(options.checkpoint), "epoch": state.get("epoch")}
         protocol |= {"images": len(lists.val), "window": config.dataset.val.crop.size}
-        figures = protocol | _figures(matrix, evaluation.catalog.class_names)
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        content = protocol | figures(matrix, evaluation.catalog.class_names)
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         log.info("figures: %s", options.json)
-
-
-def _figures(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> dict:
-    """Everything that the table shows, in percent, unrounded; null for an absent class."""
-
-    def percent(values: list[float]) -> dict[str, float | None]:
-        return {name: None if math.isnan(x) else 100 * x for name, x in zip(class_names, values, strict=True)}
-
-    return {
-        "miou": 100 * matrix.miou,
-        "pixel_accuracy": 100 * matrix.pixel_accuracy,
-        "mean_accuracy": 100 * matrix.mean_accuracy,
-        "iou": percent(matrix.iou.tolist()),
-        "accuracy": percent(matrix.accuracy.tolist()),
-    }
 
 
 if __name__ == "__main__":

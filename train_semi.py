@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
         method.to(device)
         _lock = lock.hold(config.log_dir) if distributed.is_main() else None
         start_logging(config.log_dir)
-        remark(config, distributed.world_size())
+        if config.translated:
+            log.info("translated: %s", "; ".join(config.translated))
         fit(method, config, lists, seed=options.seed, device=device, continued=continued)
 
 
@@ -108,14 +109,6 @@ def prepare(config: Config, resume: str | None) -> tuple[Lists, Method, Path | N
     return lists, method, continued
 
 
-def remark(config: Config, world: int) -> None:
-    """Say what was translated from the published schema, and what differs from the recipe's batch."""
-    if config.translated:
-        log.info("translated: %s", "; ".join(config.translated))
-    for line in explain_batch(config, world):
-        log.warning(line)
-
-
 def report(config: Config, lists: Lists, seed: int) -> None:
     """What ``--check`` prints: the resolved recipe, iterations, what differs from the reference, memory."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -125,7 +118,10 @@ def report(config: Config, lists: Lists, seed: int) -> None:
     if not distributed.is_main():
         return
     log.info("the resolved recipe of %s:\n%s", config.path, yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())
-    remark(config, world)
+    if config.translated:
+        log.info("translated: %s", "; ".join(config.translated))
+    for line in explain_batch(config, world):
+        log.warning(line)
     health = examine(config, lists, limit=_QUICK)
     log.info("data, at most %d images of each list:\n%s", _QUICK, "\n".join([health.table, *health.lines()]))
     log.info(

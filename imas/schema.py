@@ -217,6 +217,7 @@ class Trainer:
 class Saver:
     snapshot_dir: str = "checkpoints"  # beside the YAML
     use_tb: bool = True
+    pictures_every: int | None = option(10, check=_AT_LEAST_ONE)  # epochs between pictures in TensorBoard
     auto_resume: bool = False
     save_every: float | None = option(30.0, check=_POSITIVE)  # minutes between checkpoints within an epoch
     MEANINGLESS: ClassVar = {"pretrain": None}

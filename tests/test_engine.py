@@ -15,7 +15,7 @@ from imas.data.dataset import EvaluationSet
 from imas.data.loaders import evaluation_batches
 from imas.data.source import ShapesSource, shapes_names
 from imas.engine import checkpoint
-from imas.engine.evaluate import evaluate, format_table
+from imas.engine.evaluate import evaluate, figures, format_table
 from imas.engine.log import RunLog
 from imas.engine.meter import Meter, NonFiniteLoss
 from imas.engine.optim import build_optimizer, cosine_lr, learning_rate
@@ -111,6 +111,20 @@ def test_table_says_na_for_absent_classes() -> None:
     assert lines[1].split() == ["background", "50.00", "50.00", "66.67"]
     assert lines[3].split() == ["dog", "n/a", "n/a", "0.00"]
     assert lines[4].split() == ["mean", "50.00", "75.00"]
+    assert lines[5].split() == ["by", "frequency", "50.00", "66.67"]
+
+
+def test_figures_are_percent_by_class_name() -> None:
+    matrix = ConfusionMatrix(3)
+    matrix.update(torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 1, 1]))
+    found = figures(matrix, ("background", "cat", "dog"))
+    assert found["iou"] == pytest.approx({"background": 75.0, "cat": 50.0, "dog": None})
+    assert found["pixels"] == pytest.approx({"background": 60.0, "cat": 40.0, "dog": 0.0})
+    assert found["accuracy"] == {"background": 100.0, "cat": 50.0, "dog": None}
+    means = {name: found[name] for name in ("miou", "fwiou", "pixel_accuracy", "mean_accuracy")}
+    assert means == pytest.approx({"miou": 62.5, "fwiou": 65.0, "pixel_accuracy": 80.0, "mean_accuracy": 75.0})
+    empty = figures(ConfusionMatrix(2), ("a", "b"))
+    assert empty["miou"] is None and empty["fwiou"] is None and empty["pixels"] == {"a": None, "b": None}
 
 
 def test_checkpoints_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

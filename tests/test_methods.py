@@ -288,7 +288,13 @@ def test_contract(make) -> None:
     batch, progress = _batch(), _progress(0, 0, 5)
     step = method(batch, progress)
     assert step.loss.ndim == 0 and step.loss.requires_grad
-    assert all(scalar.ndim == 0 and not scalar.requires_grad for scalar in step.scalars.values())
+    assert all(scalar.shape in ((), (4,)) and not scalar.requires_grad for scalar in step.scalars.values())
+    views = method.views(batch.weak, batch.strong, progress.generator, always_mix=True)
+    if views is not None:
+        assert views.pseudo.label.shape == views.student.confidence.shape == batch.weak[:, 0].shape
+        made = [views.strong, views.mixed and views.mixed.images]
+        assert all(view is None or view.shape == batch.weak.shape for view in made)
+    assert all(type(rate) is float for rate in method.rates(progress).values())
     assert "loss_lb" in step.scalars
     assert step.score is None or step.score.shape == (4,)
     step.loss.backward()

@@ -21,7 +21,7 @@ from imas import (
 )
 from imas.ops import mixing
 from imas.ops.losses import cross_entropy
-from imas.ops.pseudo import predict
+from imas.ops.pseudo import Prediction, class_shares, label_shares, predict
 
 
 def _logits(case: dict) -> tuple[Tensor, Tensor]:
@@ -286,3 +286,13 @@ def test_confusion_matrix_by_hand() -> None:
 def test_confusion_matrix_refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match="one shape"):
         ConfusionMatrix(2).update(torch.zeros(2, 2), torch.zeros(2, 3))
+
+
+def test_shares_of_classes() -> None:
+    label = torch.tensor([[[0, 1], [1, 2]], [[2, 2], [2, 0]]])
+    confidence = torch.tensor([[[0.9, 0.8], [0.79, 1.0]], [[0.1, 0.8], [0.9, 0.2]]])
+    confident, predicted = class_shares(Prediction(label, confidence), 0.8, 4)
+    assert confident.tolist() == [1 / 8, 1 / 8, 3 / 8, 0]
+    assert predicted.tolist() == [2 / 8, 2 / 8, 4 / 8, 0]
+    label[0, 0] = 255
+    assert label_shares(label, 4).tolist() == [1 / 8, 1 / 8, 4 / 8, 0]

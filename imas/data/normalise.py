@@ -23,3 +23,7 @@ class Normalise:
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, in any order of memory → (B, 3, H, W) float32, contiguous."""
         return images.contiguous().float().div_(255).sub_(self.mean).div_(self.std)
+
+    def inverse(self, images: Tensor) -> Tensor:
+        """The pictures again: (B, 3, H, W) float32 → uint8."""
+        return (images * self.std + self.mean).mul(255).round().clamp(0, 255).to(torch.uint8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,17 +107,32 @@ class Evaluation:
         )
 
 
+def figures(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Everything that an evaluation counts, in percent, unrounded, ready for JSON.
+
+    ``miou``, ``fwiou``, ``pixel_accuracy`` and ``mean_accuracy`` are numbers; ``iou``, ``accuracy`` and ``pixels`` (the
+    share of the true pixels) are dicts by class name. None (null) for a class that the truth lacks, or where nothing
+    was counted.
+    """
+
+    def percent(value: float) -> float | None:
+        return None if math.isnan(value) else 100 * value
+
+    means = {name: percent(getattr(matrix, name)) for name in ("miou", "fwiou", "pixel_accuracy", "mean_accuracy")}
+    columns = {"iou": matrix.iou, "accuracy": matrix.accuracy, "pixels": matrix.frequency}
+    return means | {
+        name: dict(zip(class_names, map(percent, column.tolist()), strict=True)) for name, column in columns.items()
+    }
+
+
 def format_table(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> str:
-    """IoU, accuracy and share of pixels of each class in percent, and their means, as aligned text."""
-    share = matrix.target / matrix.target.sum()
-    rows = [
-        (name, _percent(iou), _percent(accuracy), _percent(pixels))
-        for name, iou, accuracy, pixels in zip(
-            class_names, matrix.iou.tolist(), matrix.accuracy.tolist(), share.tolist(), strict=True
-        )
-    ]
+    """IoU, accuracy and share of pixels of each class in percent, and their means, as aligned text. The mean weighted
+    by frequency is the fwIoU and the pixel accuracy.
+    """
+    columns = (matrix.iou.tolist(), matrix.accuracy.tolist(), matrix.frequency.tolist())
+    rows = [(name, *map(_percent, values)) for name, *values in zip(class_names, *columns, strict=True)]
     rows.append(("mean", _percent(matrix.miou), _percent(matrix.mean_accuracy), ""))
-    rows.append(("all pixels", "", _percent(matrix.pixel_accuracy), ""))
+    rows.append(("by frequency", _percent(matrix.fwiou), _percent(matrix.pixel_accuracy), ""))
     width = max(len(row[0]) for row in rows)
     lines = [f"{'class':{width}}  {'IoU':>6}  {'acc.':>6}  {'pixels':>6}"]
     lines += [f"{name:{width}}  {iou:>6}  {accuracy:>6}  {pixels:>6}" for name, iou, accuracy, pixels in rows]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from .. import distributed
+from ..data.catalog import catalog_of
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
@@ -20,14 +20,15 @@ from ..data.splits import describe_lists
 from ..methods.base import Batch, Method, Progress
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
-from . import checkpoint, provenance
-from .evaluate import Evaluation, format_table
+from . import provenance
+from .evaluate import Evaluation
+from .health import Health
 from .interrupt import Interrupted, interruptible
 from .log import RunLog
-from .meter import Meter
-from .optim import build_optimizer, learning_rate, lr_factor
-from .pictures import prediction_sheet
+from .meter import Clock, Meter, peak_memory
+from .optim import build_optimizer, explain_batch, learning_rate, lr_factor
 from .run import Run, save, take_up
+from .show import report, show_progress, write_scores
 
 log = logging.getLogger("imas")
 
@@ -57,7 +58,9 @@ def fit(
     world = distributed.world_size()
     data = TrainingData(config, lists, seed, distributed.rank(), world)
     optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer, lr_factor(config, world))
-    run = Run(config, lists, seed, device, method, data, optimizer, provenance.describe(config, lists, seed, world))
+    meter = Meter(catalog_of(config.dataset).class_names)
+    description = provenance.describe(config, lists, seed, world)
+    run = Run(config, lists, seed, device, method, data, optimizer, meter, description)
     with interruptible() as run.interruption, contextlib.ExitStack() as stack:
         _run_all(run, continued, stack)
 
@@ -71,9 +74,13 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
     wrapped = distributed.wrap(method, device, config.net.sync_bn)
     run_log = stack.enter_context(contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch)))
     evaluation = Evaluation(config, lists, device)
+    health = Health(config, len(data), evaluation.catalog.class_names, run_log.rows)
     epochs = config.trainer.epochs
     if distributed.is_main():
         provenance.record(config, run.description)
+    if run.epoch == 0:
+        for remark in explain_batch(config, world):
+            run_log.warn(0, remark)
     log.info(describe_lists(lists.labeled, lists.unlabeled, lists.val))
     log.info(
         "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations, batch %d on %d process(es), %s",
@@ -99,7 +106,10 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
             save(run, False)
             raise
         evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
-        run.epoch, run.step, run.meter, run.scores = epoch + 1, 0, Meter(), []
+        run_log.training({"epoch": epoch} | row)
+        for warning in health.look(row):
+            run_log.warn(epoch, warning)
+        run.begin_epoch(epoch + 1)
         if evaluates:
             bar.clear()
             distributed.same_buffers(method)
@@ -111,22 +121,26 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
         run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
         if evaluates:
             save(run, improved)
+        if run_log.writer is not None and run.pictures_due():
+            show_progress(run, evaluation, run_log)
     if not matrices:
         log.info("all %d epochs were done before; to train anew, name another saver.snapshot_dir", epochs)
         matrices = evaluation(method.networks())
     if distributed.is_main():
         bar.clear()
-        _report(run, matrices, evaluation, run_log)
+        report(run, matrices, evaluation)
 
 
 def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:
-    """One epoch of ``wrapped``, the method as the processes share it; gives the mean of each logged scalar."""
+    """One epoch of ``wrapped``, the method as the processes share it; gives its row of ``training.csv``."""
     config, method, length = run.config, run.method, len(run.data)
     normalise = Normalise(config.dataset.mean, config.dataset.std, run.device)
     log_every = max(10, length // _LOGS_PER_EPOCH)
     replaced: dict[str, int] = {}
     method.train()
-    for step, batches in enumerate(run.data.epoch(epoch, method.needs_unlabeled(epoch), run.step), run.step):
+    clock = Clock()
+    updates = clock.waits(run.data.epoch(epoch, method.needs_unlabeled(epoch), run.step))
+    for step, batches in enumerate(updates, run.step):
         iteration = epoch * length + step
         run.stop_if_asked(iteration)
         for group in run.optimizer.param_groups:
@@ -156,10 +170,10 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
         if logs or step + 1 == length:
             window = run.meter.window(iteration)
         if logs:
-            window |= {f"lr_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
+            window |= _surroundings(run, progress, clock)
             run_log.scalars(window, iteration)
             bar.clear()
-            figures = ", ".join(f"{name} {value:.5f}" for name, value in window.items())
+            figures = ", ".join(f"{name} {value:.5f}" for name, value in window.items() if "/" not in name)
             log.info("epoch %d, iteration %d/%d: %s", epoch, step + 1, length, figures)
             if run.save_due() and step + 1 < length:
                 save(run, False)
@@ -168,8 +182,14 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
         log.warning(
             "epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, sum(replaced.values())
         )
-    _write_scores(run_log, run.lists.unlabeled, run.scores, epoch)
-    return run.meter.means()
+    write_scores(run, run_log, epoch)
+    return run.meter.means() | _surroundings(run, progress, clock)
+
+
+def _surroundings(run: Run, progress: Progress, clock: Clock) -> dict[str, float]:
+    """What is logged beside the method's own scalars. A run that was interrupted knows only its last stretch's time."""
+    rates = {f"lr_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
+    return run.method.rates(progress) | rates | clock.means() | {"memory_mib": peak_memory(run.device)}
 
 
 def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) -> tuple[dict[str, float], bool]:
@@ -186,33 +206,10 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     return columns, results[selecting] > before[selecting]
 
 
-def _report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation, run_log: RunLog) -> None:
-    """The table of the selecting network, a picture, and where everything lies."""
-    config, catalog = run.config, evaluation.catalog
-    name, matrix = next(iter(matrices.items()))
-    log.info("%s after the last epoch, in percent:\n%s", name, format_table(matrix, catalog.class_names))
-    sheet = prediction_sheet(
-        run.method.networks(),
-        evaluation.loader.dataset,
-        evaluation.normalise,
-        crop=config.dataset.val.crop.size,
-        class_names=catalog.class_names,
-        palette=catalog.palette,
-        device=run.device,
-    )
-    sheet.save(config.log_dir / "predictions.png")
-    run_log.image("predictions", TF.pil_to_tensor(sheet), run.epoch * len(run.data))
-    log.info("pictures:     %s", config.log_dir / "predictions.png")
-    log.info("checkpoints:  %s, %s", config.snapshot_dir / checkpoint.BEST, checkpoint.LAST)
-    log.info("curves:       %s, scores.csv", config.log_dir / "metrics.csv")
-    if config.saver.use_tb:
-        log.info("TensorBoard:  tensorboard --logdir %s", config.log_dir / "tensorboard")
-
-
 def _means(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     if len(scalars) == 1:
         return scalars[0]
-    return {name: torch.stack([each[name] for each in scalars]).mean() for name in scalars[0]}
+    return {name: torch.stack([each[name] for each in scalars]).mean(0) for name in scalars[0]}
 
 
 def _count(skipped: list[str], replaced: dict[str, int]) -> None:
@@ -234,14 +231,3 @@ def _generator(seed: int, batch: int) -> torch.Generator:
     """This rank's own random numbers for a batch, counted from the start of training."""
     words = (seed * 1_000_003 + batch) * 4096 + distributed.rank()
     return torch.Generator().manual_seed(words % 2**63)
-
-
-def _write_scores(run_log: RunLog, names: list[str], scores: list[tuple[Tensor, Tensor]], epoch: int) -> None:
-    """The last score of each unlabeled image in this epoch, from all ranks, in the order of the list."""
-    if not scores:
-        return
-    index, score = (torch.cat(parts).tolist() for parts in zip(*scores))
-    gathered: dict[int, float] = {}
-    for pairs in distributed.gather(list(zip(index, score))):
-        gathered.update(pairs)
-    run_log.scores((epoch, names[number], gathered[number]) for number in sorted(gathered))

@@ -10,10 +10,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import distributed
+
+log = logging.getLogger("imas")
 
 METRICS = ("epoch", "loss_lb", "loss_ub", "miou_stu", "miou_tea", "best", "best-stu")
 SCORES = ("epoch", "image", "score")
+WARNINGS = ("epoch", "warning")
 
 
 def start_logging(folder: Path | None = None) -> None:
@@ -33,7 +38,7 @@ def start_logging(folder: Path | None = None) -> None:
 
 
 class RunLog:
-    """The files of one run: ``metrics.csv``, ``scores.csv`` and ``tensorboard/`` in the log folder.
+    """The CSV files of one run, and ``tensorboard/``, in the log folder.
 
     Args:
         folder: the log folder.
@@ -45,10 +50,12 @@ class RunLog:
         self.folder = folder
         self.active = distributed.is_main()
         self.writer = None
+        self.rows: list[dict[str, float]] = []  # of training.csv
         if not self.active:
             return
-        _keep_rows_before(folder / "metrics.csv", METRICS, first_epoch)
-        _keep_rows_before(folder / "scores.csv", SCORES, first_epoch)
+        for name, columns in (("metrics", METRICS), ("scores", SCORES), ("warnings", WARNINGS)):
+            _keep_rows_before(folder / f"{name}.csv", columns, first_epoch)
+        self.rows = [row for row in _read_numbers(folder / "training.csv") if row["epoch"] < first_epoch]
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -64,6 +71,26 @@ class RunLog:
         """A TensorBoard picture, (3, H, W) uint8."""
         if self.writer is not None:
             self.writer.add_image(name, picture, iteration)
+
+    def histogram(self, name: str, values: list[float], iteration: int) -> None:
+        """A TensorBoard histogram."""
+        if self.writer is not None:
+            self.writer.add_histogram(name, np.asarray(values), iteration)
+
+    def training(self, row: Mapping[str, float]) -> None:
+        """One row of ``training.csv``, whose columns are all names that any epoch has brought."""
+        self.rows.append(dict(row))
+        if self.active:
+            columns = list(dict.fromkeys(name for row in self.rows for name in row))
+            _write(
+                self.folder / "training.csv", [columns, *([row.get(name, "") for name in columns] for row in self.rows)]
+            )
+
+    def warn(self, epoch: int, warning: str) -> None:
+        """A log line and a row of ``warnings.csv``."""
+        log.warning("%s", warning)
+        if self.active:
+            _append(self.folder / "warnings.csv", [[epoch, warning]])
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """One row of ``metrics.csv``; what is missing stays empty."""
@@ -91,7 +118,19 @@ def _keep_rows_before(path: Path, columns: tuple[str, ...], epoch: int) -> None:
     if path.is_file() and epoch > 0:
         with open(path, newline="", encoding="utf-8") as file:
             kept = [row for row in list(csv.reader(file))[1:] if row and int(row[0]) < epoch]
+    _write(path, [list(columns), *kept])
+
+
+def _read_numbers(path: Path) -> list[dict[str, float]]:
+    """Rows of a CSV of numbers, empty cells left out; none without the file."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+
+
+def _write(path: Path, rows: list[list]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([list(columns), *kept])
+        csv.writer(file).writerows(rows)
     os.replace(temporary, path)

@@ -1,8 +1,12 @@
-"""Scalars of training, kept on the device until they are looked at."""
+"""Scalars of training, kept on the device until they are looked at; and the time that it takes."""
 
 from __future__ import annotations
 
 import math
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +22,14 @@ class NonFiniteLoss(UserError):
 
 
 class Meter:
-    """Scalars of an epoch, read from the device only when a window of them is asked for."""
+    """Scalars of an epoch, read from the device only when a window of them is asked for.
 
-    def __init__(self) -> None:
+    Args:
+        class_names: a scalar with a value for each class is read as ``name/class``.
+    """
+
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        self.class_names = class_names
         self.waiting: list[dict[str, Tensor]] = []
         self.read: list[dict[str, float]] = []
 
@@ -33,13 +42,13 @@ class Meter:
         Raises:
             NonFiniteLoss: at the first step of the window with a scalar that is not finite.
         """
-        names = list(self.waiting[0])
-        values = torch.stack([torch.stack([step[name].float() for name in names]) for step in self.waiting])
+        names = self._names(self.waiting[0])
+        values = torch.stack([torch.cat([value.float().view(-1) for value in step.values()]) for step in self.waiting])
         first = iteration + 1 - len(values)
         for offset, step in enumerate(values.tolist()):
             bad = [f"{name} = {value}" for name, value in zip(names, step) if not math.isfinite(value)]
             if bad:
-                every = ", ".join(f"{name} = {value:.5g}" for name, value in zip(names, step))
+                every = ", ".join(f"{name} = {value:.5g}" for name, value in zip(names, step) if "/" not in name)
                 raise NonFiniteLoss(
                     f"iteration {first + offset}: {' and '.join(bad)} (all: {every}). The last checkpoint is from "
                     "before; a lower trainer.optimizer.kwargs.lr, or a look at the data, may help."
@@ -52,3 +61,45 @@ class Meter:
     def means(self) -> dict[str, float]:
         """Means over the epoch."""
         return {name: sum(step[name] for step in self.read) / len(self.read) for name in self.read[0]}
+
+    def clear(self) -> None:
+        """Begin an epoch."""
+        self.waiting, self.read = [], []
+
+    def _names(self, scalars: dict[str, Tensor]) -> list[str]:
+        names = []
+        for name, value in scalars.items():
+            names += [f"{name}/{each}" for each in self.class_names] if value.dim() else [name]
+        return names
+
+
+class Clock:
+    """How long iterations take, from its making on, and how much of that is waiting for data."""
+
+    def __init__(self) -> None:
+        self.began, self.waited, self.iterations = time.perf_counter(), 0.0, 0
+
+    def waits(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """``batches``, with the waiting for each of them counted."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - asked
+            self.iterations += 1
+            yield batch
+
+    def means(self) -> dict[str, float]:
+        """Seconds per iteration. On a GPU they are true once the device has been waited for."""
+        seconds = time.perf_counter() - self.began
+        return {"seconds": seconds / self.iterations, "seconds_waiting": self.waited / self.iterations}
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory used so far, in MiB: on the device, or on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10

@@ -34,14 +34,20 @@ class Run:
     method: Method
     data: TrainingData
     optimizer: torch.optim.Optimizer
+    meter: Meter  # of the epoch
     description: dict  # what, with what, on what: see ``provenance``
     epoch: int = 0  # epochs done
     step: int = 0  # updates done in the epoch after these
     best: dict[str, float] | None = None  # best mIoU in percent of each network
-    meter: Meter = field(default_factory=Meter)  # of the epoch
     scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
+    last_scores: dict[int, float] = field(default_factory=dict)  # of the last whole epoch, by index
     interruption: Interruption = field(default_factory=Interruption)
     saved: float = field(default_factory=time.monotonic)  # when
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Nothing of this epoch has been done."""
+        self.epoch, self.step, self.scores = epoch, 0, []
+        self.meter.clear()
 
     def stop_if_asked(self, iteration: int) -> None:
         """Raise ``Interrupted`` where this iteration is not to begin."""
@@ -50,6 +56,11 @@ class Run:
                 f"stopped before iteration {iteration} (epoch {self.epoch}) and saved; the same command with "
                 "--resume auto goes on from there"
             )
+
+    def pictures_due(self) -> bool:
+        """Whether the epochs done end with pictures (``saver.pictures_every``)."""
+        every = self.config.saver.pictures_every
+        return every is not None and (self.epoch % every == 0 or self.epoch == self.config.trainer.epochs)
 
     def save_due(self) -> bool:
         """Whether the last checkpoint is older than ``saver.save_every``, by the clock of rank 0."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.deeplabv3plus import DeepLabV3Plus, resize
+from ..ops.hardness import Hardness
+from ..ops.pseudo import Prediction
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,11 +39,29 @@ class Progress(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one step gives back. Scalars stay on the device; nothing here has waited for it."""
+    """What one step gives back. Everything stays on the device; nothing here has waited for it."""
 
     loss: Tensor
-    scalars: dict[str, Tensor]
+    scalars: dict[str, Tensor]  # by name: a number, or (C,) one for each class
     score: Tensor | None = None  # (B,) of the unlabeled images
+
+
+class Mixed(NamedTuple):
+    """The CutMix view and what it should be predicted as."""
+
+    images: Tensor  # (B, 3, H, W)
+    pseudo: Prediction
+
+
+class Views(NamedTuple):
+    """What becomes of unlabeled images before the student trains on them."""
+
+    student: Prediction  # of the weak views
+    teacher: Prediction | None  # likewise
+    pseudo: Prediction  # what the strong views should be predicted as
+    hardness: Hardness | None
+    strong: Tensor | None  # (B, 3, H, W) as it is trained on
+    mixed: Mixed | None
 
 
 class Method(nn.Module):
@@ -69,8 +89,23 @@ class Method(nn.Module):
         """Whether steps of this epoch read unlabeled images."""
         return False
 
+    def views(
+        self, weak: Tensor, strong: Tensor | None, generator: torch.Generator, *, always_mix: bool = False
+    ) -> Views | None:
+        """What a step would make of unlabeled images, to be looked at; None in a method without such.
+
+        Args:
+            weak, strong: as in ``Batch``.
+            always_mix: make the mixed view also where chance would not.
+        """
+        return None
+
     def after_step(self, progress: Progress) -> None:
         """Called after the optimiser's update."""
+
+    def rates(self, progress: Progress) -> dict[str, float]:
+        """What else is to be logged of this iteration, known without a look at the device."""
+        return {}
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks to evaluate and save, by name. The first selects the best checkpoint."""

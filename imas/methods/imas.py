@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -12,16 +10,9 @@ from ..models.ema import make_teacher, teacher_decay, update_teacher
 from ..ops import mixing
 from ..ops.hardness import score_predictions
 from ..ops.losses import consistency_loss
-from ..ops.pseudo import Prediction, predict
+from ..ops.pseudo import Prediction, class_shares, label_shares, predict
 from ..schema import HardnessAware, Unsupervised
-from .base import Batch, Criterion, Method, Progress, Step
-
-
-class Mixed(NamedTuple):
-    """The CutMix view and what it should be predicted as."""
-
-    images: Tensor  # (B, 3, H, W)
-    pseudo: Prediction
+from .base import Batch, Criterion, Method, Mixed, Progress, Step, Views
 
 
 class IMAS(Method):
@@ -58,20 +49,7 @@ class IMAS(Method):
             loss = self.supervised_loss(*self.student.coarse(batch.images), batch.labels)
             return Step(loss, {"loss_lb": loss.detach()})
 
-        student, teacher = self.predict_weak(batch.weak)
-        flags = self.hardness or HardnessAware()
-        score, student_confident, teacher_confident = score_predictions(
-            student,
-            teacher,
-            self.student.num_classes,
-            self.unsupervised.threshold,
-            class_weighted=flags.class_weighted,
-            ignore_background=flags.ignore_background,
-            version=flags.version,
-        )
-        pseudo = teacher if self.unsupervised.teacher_pseudo else student
-        strong = self.blend(batch, score, progress.generator)
-        mixed = self.cutmix(batch.weak, pseudo, score, progress.generator)
+        student, teacher, pseudo, hardness, strong, mixed = self.views(batch.weak, batch.strong, progress.generator)
 
         # The weak views earn no loss; BatchNorm is to see them.
         views = [batch.images, batch.weak]
@@ -87,18 +65,48 @@ class IMAS(Method):
         loss_lb = self.supervised_loss(labeled, labeled_aux, batch.labels)
 
         targets = ([] if mixed is None else [mixed.pseudo]) + ([pseudo] if strong is not None or mixed is None else [])
-        weight = score if self.hardness is not None and self.hardness.weight_loss else None
+        weight = hardness.score if self.hardness is not None and self.hardness.weight_loss else None
         losses = [self.consistency(logits, target, weight) for logits, target in zip(unlabeled, targets, strict=True)]
         loss_ub = self.unsupervised.loss_weight * sum(losses) / len(losses)
 
+        confident, predicted = class_shares(pseudo, self.unsupervised.threshold, self.student.num_classes)
         scalars = {
             "loss_lb": loss_lb.detach(),
             "loss_ub": loss_ub.detach(),
-            "pseudo": student_confident.mean(),
-            "pseudo_teacher": teacher_confident.mean(),
-            "score": score.mean(),
+            "pseudo": hardness.student_confident.mean(),
+            "pseudo_teacher": hardness.teacher_confident.mean(),
+            "score": hardness.score.mean(),
+            "score_std": hardness.score.std(correction=0),
+            "agreement": (student.label == teacher.label).float().mean(),
+            "confident": confident,
+            "predicted": predicted,
+            "labeled": label_shares(batch.labels, self.student.num_classes),
         }
-        return Step(loss_lb + loss_ub, scalars, score)
+        return Step(loss_lb + loss_ub, scalars, hardness.score)
+
+    def views(
+        self, weak: Tensor, strong: Tensor | None, generator: torch.Generator, *, always_mix: bool = False
+    ) -> Views:
+        """Predictions and score of the weak views, and what follows from them (spec, steps 2 to 6).
+
+        Args:
+            always_mix: make the CutMix view, whether or not it would fire.
+        """
+        student, teacher = self.predict_weak(weak)
+        flags = self.hardness or HardnessAware()
+        hardness = score_predictions(
+            student,
+            teacher,
+            self.student.num_classes,
+            self.unsupervised.threshold,
+            class_weighted=flags.class_weighted,
+            ignore_background=flags.ignore_background,
+            version=flags.version,
+        )
+        pseudo = teacher if self.unsupervised.teacher_pseudo else student
+        blended = self.blend(weak, strong, hardness.score, generator)
+        mixed = self.cutmix(weak, pseudo, hardness.score, generator, always=always_mix)
+        return Views(student, teacher, pseudo, hardness, blended, mixed)
 
     @torch.no_grad()
     def predict_weak(self, weak: Tensor) -> tuple[Prediction, Prediction]:
@@ -110,15 +118,17 @@ class IMAS(Method):
         teacher = predict(resize(self.teacher.coarse(weak, aux=False)[0], size))
         return student, teacher
 
-    def blend(self, batch: Batch, score: Tensor, generator: torch.Generator) -> Tensor | None:
+    def blend(self, weak: Tensor, strong: Tensor | None, score: Tensor, generator: torch.Generator) -> Tensor | None:
         """The strong view, as strong as the score allows (spec, step 5); None where none is configured."""
-        if batch.strong is None or self.hardness is None:
-            return batch.strong
+        if strong is None or self.hardness is None:
+            return strong
         if self.hardness.blend:
-            return mixing.adaptive_blend(batch.strong, batch.weak, score)
-        return mixing.random_choice(batch.strong, batch.weak, score, generator)
+            return mixing.adaptive_blend(strong, weak, score)
+        return mixing.random_choice(strong, weak, score, generator)
 
-    def cutmix(self, weak: Tensor, pseudo: Prediction, score: Tensor, generator: torch.Generator) -> Mixed | None:
+    def cutmix(
+        self, weak: Tensor, pseudo: Prediction, score: Tensor, generator: torch.Generator, *, always: bool = False
+    ) -> Mixed | None:
         """The CutMix view of the weak views with its labels and confidences, or None if it does not fire (step 6)."""
         options, flags = self.unsupervised, self.hardness or HardnessAware()
         if not options.use_cutmix:
@@ -126,7 +136,7 @@ class IMAS(Method):
         uses_mean = flags.trigger_cutmix or flags.scale_box or flags.gaussian_box
         mean_score = score.mean().item() if uses_mean else 0.0  # the step's one wait for the device
         probability = mean_score if flags.trigger_cutmix else options.use_cutmix_trigger_prob
-        if torch.rand((), generator=generator).item() >= probability:
+        if torch.rand((), generator=generator).item() >= probability and not always:
             return None
 
         batch, _, height, width = weak.shape
@@ -155,10 +165,13 @@ class IMAS(Method):
         return epoch >= self.sup_only_epoch
 
     def after_step(self, progress: Progress) -> None:
+        update_teacher(self.teacher, self.student, self.rates(progress)["decay"])
+
+    def rates(self, progress: Progress) -> dict[str, float]:
         decay = teacher_decay(
             progress.epoch, progress.iteration, progress.iterations_per_epoch, self.sup_only_epoch, self.ema_decay
         )
-        update_teacher(self.teacher, self.student, decay)
+        return {"decay": decay}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher, "student": self.student}

@@ -63,6 +63,16 @@ class ConfusionMatrix:
         return self.iou.nanmean().item()
 
     @property
+    def frequency(self) -> Tensor:
+        """(C,) float64, share of each class in the valid true pixels, in [0, 1]."""
+        return self.target.double() / self.counts.sum()
+
+    @property
+    def fwiou(self) -> float:
+        """Frequency-weighted IoU: mean of ``iou`` weighted by ``frequency``, in [0, 1] (Long et al., CVPR 2015)."""
+        return (self.frequency * self.iou.nan_to_num()).sum().item()
+
+    @property
     def mean_accuracy(self) -> float:
         """Mean over present classes of ``accuracy``."""
         return self.accuracy.nanmean().item()

@@ -1,0 +1,114 @@
+"""Whether a run goes well, in words: what an experienced eye would read off the curves, each thing said once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..schema import Config
+
+Row = dict[str, float]  # of training.csv
+
+_EPOCHS, _ITERATIONS = 5, 50  # something is told when it has lasted for both
+_LITTLE = 0.01
+_DISAGREEMENT = 0.5
+_WAITING = 0.3
+_LOST = 0.1
+
+
+class Health:
+    """Looks at every epoch's row of ``training.csv``.
+
+    Args:
+        length: iterations per epoch.
+        rows: of earlier epochs, where a run goes on; what they gave rise to has been told.
+    """
+
+    def __init__(self, config: Config, length: int, class_names: Sequence[str], rows: Sequence[Row] = ()) -> None:
+        self.config, self.class_names = config, class_names
+        self.lasting = max(_EPOCHS, math.ceil(_ITERATIONS / length))  # epochs
+        self.rows: list[Row] = []
+        self.told: set[str] = set()
+        for row in rows:
+            self.look(row)
+
+    def look(self, row: Row) -> list[str]:
+        """Warnings, each a sentence on what is the matter and one on what to try; those told before are left out."""
+        self.rows = [*self.rows, row][-self.lasting :]
+        if len(self.rows) < self.lasting:
+            return []
+        found = self._waiting()
+        if all("score" in each for each in self.rows):
+            found |= self._score() | self._agreement() | self._collapse() | self._silent_classes()
+        new = {kind: warning for kind, warning in found.items() if kind not in self.told}
+        self.told |= new.keys()
+        return list(new.values())
+
+    def _mean(self, name: str) -> float:
+        return sum(row[name] for row in self.rows) / len(self.rows)
+
+    def _waiting(self) -> dict[str, str]:
+        share = self._mean("seconds_waiting") / self._mean("seconds")
+        if share <= _WAITING:
+            return {}
+        workers = self.config.dataset.workers
+        return {
+            "waiting": f"training waits for data {100 * share:.0f} % of the time: more dataset.workers (now "
+            f"{workers}), dataset.cache: true or a faster disk may help"
+        }
+
+    def _score(self) -> dict[str, str]:
+        scores = [row["score"] for row in self.rows]
+        if max(scores) < _LITTLE:
+            return {
+                "score 0": f"the score has been 0 for {self.lasting} epochs, no unlabeled image counts: "
+                f"{self._lower_threshold()} or a longer trainer.sup_only_epoch may help"
+            }
+        if min(scores) > 1 - _LITTLE:
+            return {
+                "score 1": f"the score has been 1 for {self.lasting} epochs, student and teacher are sure of "
+                "everything: see in log/views.png whether they are right; if so, strong_aug.num_augs could be higher"
+            }
+        return {}
+
+    def _agreement(self) -> dict[str, str]:
+        agreement = [row["agreement"] for row in self.rows]
+        if max(agreement) >= _DISAGREEMENT:
+            return {}
+        return {
+            "divergence": f"student and teacher have agreed on less than half of all pixels for {self.lasting} epochs "
+            f"({100 * agreement[-1]:.0f} % in this one): a lower trainer.optimizer.kwargs.lr, a lower net.ema_decay or "
+            "a lower trainer.unsupervised.loss_weight may help"
+        }
+
+    def _collapse(self) -> dict[str, str]:
+        """One class has taken the place of at least half of the others, by what the labeled images hold of them."""
+        gained = {}
+        for name in self.class_names:
+            labeled = self._mean(f"labeled/{name}")
+            if labeled > 0:
+                gained[name] = self._mean(f"predicted/{name}") / labeled
+        onto = max(gained, key=gained.__getitem__)
+        lost = [name for name in gained if name != onto and gained[name] < _LOST]
+        if not lost or 2 * len(lost) < len(gained) - 1:
+            return {}
+        return {
+            "collapse": f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than a "
+            f"tenth of what the labeled images hold, for {self.lasting} epochs. A longer trainer.sup_only_epoch, a "
+            "lower trainer.unsupervised.loss_weight or learning rate, or more labeled images may help"
+        }
+
+    def _silent_classes(self) -> dict[str, str]:
+        silent = [name for name in self.class_names if all(row[f"confident/{name}"] == 0 for row in self.rows)]
+        new = [name for name in silent if f"silent {name}" not in self.told]
+        if not new:
+            return {}
+        self.told |= {f"silent {name}" for name in new}
+        return {
+            f"silent {new}": f"no pixel of {', '.join(new)} has passed the threshold for {self.lasting} epochs, so "
+            f"that the unsupervised loss cannot teach it: {self._lower_threshold()}, a longer "
+            "trainer.sup_only_epoch or more labeled images of it may help"
+        }
+
+    def _lower_threshold(self) -> str:
+        return f"a lower trainer.unsupervised.threshold (now {self.config.trainer.unsupervised.threshold:g})"

@@ -1,0 +1,120 @@
+"""What a run shows of itself: scores, pictures every few epochs, and everything at its end. By the main process."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+from .. import distributed
+from ..data.dataset import Draw, stacked
+from ..data.source import DataError
+from ..ops.metrics import ConfusionMatrix
+from . import checkpoint
+from .evaluate import Evaluation, figures, format_table
+from .log import RunLog
+from .pictures import prediction_sheet, views_sheet
+from .run import Run
+
+log = logging.getLogger("imas")
+
+_HANDFUL = 4  # unlabeled images that are shown
+_EXTREMES = 3  # of the hardest and of the easiest
+_STREAM = 5  # of random numbers, beside those of ``data.loaders``
+
+
+def write_scores(run: Run, run_log: RunLog, epoch: int) -> None:
+    """The last score of each unlabeled image in this epoch, from all ranks, in the order of the list."""
+    if not run.scores:
+        return
+    index, score = (torch.cat(parts).tolist() for parts in zip(*run.scores))
+    gathered: dict[int, float] = {}
+    for pairs in distributed.gather(list(zip(index, score))):
+        gathered.update(pairs)
+    run.last_scores = gathered
+    names = run.lists.unlabeled
+    run_log.scores((epoch, names[number], gathered[number]) for number in sorted(gathered))
+    run_log.histogram("scores", list(gathered.values()), (epoch + 1) * len(run.data))
+
+
+def show_progress(run: Run, evaluation: Evaluation, run_log: RunLog) -> None:
+    """Some unlabeled and some validation images, always the same, to TensorBoard."""
+    iteration, pool = run.epoch * len(run.data), len(run.lists.unlabeled)
+    chosen = sorted({number * pool // _HANDFUL for number in range(_HANDFUL)}) if pool else []
+    sheet = _views(run, evaluation, {index: run.lists.unlabeled[index] for index in chosen})
+    if sheet is not None:
+        run_log.image("views", TF.pil_to_tensor(sheet), iteration)
+    run_log.image("predictions", TF.pil_to_tensor(_predictions(run, evaluation)), iteration)
+
+
+def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation) -> None:
+    """At the end: the table of the selecting network, all figures, pictures, and where everything lies."""
+    config, names = run.config, evaluation.catalog.class_names
+    name, matrix = next(iter(matrices.items()))
+    log.info("%s after the last epoch, in percent:\n%s", name, format_table(matrix, names))
+    everything = {
+        "protocol": {"epoch": run.epoch, "images": len(run.lists.val), "window": config.dataset.val.crop.size},
+        "networks": {name: figures(matrix, names) for name, matrix in matrices.items()},
+    }
+    text = json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
+    (config.log_dir / "evaluation.json").write_text(text, encoding="utf-8")
+    _predictions(run, evaluation).save(config.log_dir / "predictions.png")
+    views = _views(run, evaluation, _extremes(run.last_scores, run.lists.unlabeled))
+    if views is not None:
+        views.save(config.log_dir / "views.png")
+    log.info("pictures:     %s", ", ".join(path.name for path in sorted(config.log_dir.glob("*.png"))))
+    log.info("checkpoints:  %s, %s", config.snapshot_dir / checkpoint.BEST, checkpoint.LAST)
+    log.info("curves:       %s, training.csv, scores.csv", config.log_dir / "metrics.csv")
+    if config.saver.use_tb:
+        log.info("TensorBoard:  tensorboard --logdir %s", config.log_dir / "tensorboard")
+
+
+def _extremes(scores: dict[int, float], names: Sequence[str]) -> dict[int, str]:
+    """Captions of the hardest and the easiest unlabeled images, by index."""
+    order = sorted(scores, key=scores.__getitem__)
+    hardest, easiest = order[:_EXTREMES], order[_EXTREMES:][: -_EXTREMES - 1 : -1]
+    return {
+        index: f"{names[index]}: {kind}, {scores[index]:.2f} in the last epoch; here"
+        for kind, indices in (("hardest", hardest), ("easiest", easiest))
+        for index in indices
+    }
+
+
+def _views(run: Run, evaluation: Evaluation, captions: dict[int, str]) -> Image.Image | None:
+    """A sheet of unlabeled images by index, cropped and coloured the same way at every call."""
+    if run.data.unlabeled is None or not captions or not run.method.needs_unlabeled(run.epoch):
+        return None
+    try:
+        dataset = run.data.unlabeled.dataset
+        samples = stacked([dataset[Draw(index, (run.seed, _STREAM, index))] for index in captions])
+    except DataError as error:
+        log.warning("no pictures of unlabeled images: %s", error)
+        return None
+    unsupervised = run.config.trainer.unsupervised
+    return views_sheet(
+        run.method,
+        samples["weak"].to(run.device),
+        samples["strong"].to(run.device) if "strong" in samples else None,
+        list(captions.values()),
+        evaluation.normalise,
+        threshold=0.0 if unsupervised is None else unsupervised.threshold,
+        class_names=evaluation.catalog.class_names,
+        palette=evaluation.catalog.palette,
+        generator=torch.Generator().manual_seed(run.seed),
+    )
+
+
+def _predictions(run: Run, evaluation: Evaluation) -> Image.Image:
+    return prediction_sheet(
+        run.method.networks(),
+        evaluation.loader.dataset,
+        evaluation.normalise,
+        crop=run.config.dataset.val.crop.size,
+        class_names=evaluation.catalog.class_names,
+        palette=evaluation.catalog.palette,
+        device=run.device,
+    )

@@ -1,0 +1,195 @@
+"""What a run tells of itself: warnings in words, pictures, scalars, figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from imas.config import load_config
+from imas.data.normalise import Normalise
+from imas.engine.health import Health
+from imas.engine.log import RunLog
+from imas.engine.meter import Clock, Meter
+from imas.engine.pictures import views_sheet
+from imas.methods.base import Mixed, Views
+from imas.ops.hardness import Hardness
+from imas.ops.pseudo import Prediction
+
+CLASSES = ("ground", "road", "roof")
+HEALTHY = {"seconds": 1.0, "seconds_waiting": 0.1, "score": 0.6, "agreement": 0.9}
+for _name, _share in zip(CLASSES, (0.5, 0.3, 0.2)):
+    HEALTHY |= {f"labeled/{_name}": _share, f"predicted/{_name}": _share, f"confident/{_name}": _share / 2}
+LASTING = 5  # epochs, where an epoch has ten iterations or more
+
+
+@pytest.fixture
+def health(experiment: Callable[..., Path]) -> Callable[..., Health]:
+    config = load_config(experiment())
+    return lambda length=10, rows=(): Health(config, length, CLASSES, rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seconds_waiting": 0.5}, "waits for data 50 % of the time: more dataset.workers (now 0)"),
+        ({"score": 0.0}, "the score has been 0 for 5 epochs"),
+        ({"score": 1.0}, "the score has been 1 for 5 epochs"),
+        ({"agreement": 0.4}, "agreed on less than half of all pixels for 5 epochs (40 % in this one)"),
+        ({"confident/roof": 0.0}, "no pixel of roof has passed the threshold for 5 epochs"),
+        ({"confident/roof": 0.0, "confident/road": 0.0}, "no pixel of road, roof has passed"),
+        ({"predicted/ground": 0.79, "predicted/road": 0.2, "predicted/roof": 0.01}, "collapsed onto ground: of roof"),
+    ],
+)
+def test_each_thing_is_said_once_when_it_has_lasted(health, changes: dict, words: str) -> None:
+    patient = health()
+    said = [patient.look(HEALTHY | changes) for _ in range(3 * LASTING)]
+    assert said[: LASTING - 1] == [[]] * (LASTING - 1)
+    (warning,) = said[LASTING - 1]
+    assert words in warning and "may help" in warning or "num_augs" in warning
+    assert said[LASTING:] == [[]] * (2 * LASTING)
+
+
+def test_health_is_silent_where_all_is_well_or_a_bad_epoch_passes(health) -> None:
+    patient = health()
+    for epoch in range(30):
+        row = HEALTHY | ({"score": 0.0, "agreement": 0.1, "confident/roof": 0.0} if epoch % LASTING == 2 else {})
+        assert patient.look(row) == []
+
+
+def test_short_epochs_need_more_of_them(health) -> None:
+    patient = health(length=2)
+    said = [patient.look(HEALTHY | {"score": 0.0}) for _ in range(25)]
+    assert [number for number, warnings in enumerate(said) if warnings] == [24]  # 50 iterations
+
+
+def test_warm_up_has_no_scores_to_judge(health) -> None:
+    patient = health()
+    for _ in range(LASTING):
+        assert patient.look({"seconds": 1.0, "seconds_waiting": 0.0}) == []
+
+
+def test_a_run_that_goes_on_does_not_repeat_itself(health) -> None:
+    sick = HEALTHY | {"score": 0.0}
+    assert health().look(sick) == []
+    resumed = health(rows=[sick] * LASTING)
+    assert resumed.look(sick) == []
+    (other,) = resumed.look(sick | {"seconds_waiting": 9.0})
+    assert "waits for data" in other
+    assert health(rows=[sick] * (LASTING - 1)).look(sick) != []
+
+
+def test_a_collapsing_run_says_so_and_shows_itself(experiment: Callable[..., Path]) -> None:
+    """Without warm-up and with ten times the unsupervised loss everything becomes background (design/shapes.md)."""
+    config = experiment(
+        trainer={
+            "epochs": 14,
+            "eval_every": 14,
+            "optimizer": {"kwargs": {"lr": 0.3}},
+            "unsupervised": {"threshold": 0.3, "loss_weight": 10.0, "use_cutmix": True},
+        }
+    )
+    trained = run("train_semi.py", "--config", config, "--set", "saver.pictures_every=7")
+    assert trained.returncode == 0, trained.stderr
+    folder = config.parent / "log"
+    with open(folder / "warnings.csv", newline="", encoding="utf-8") as file:
+        warnings = [row["warning"] for row in csv.DictReader(file)]
+    assert sum("pseudo labels have collapsed onto background" in warning for warning in warnings) == 1
+    assert any("passed the threshold for 13 epochs" in warning for warning in warnings)
+    assert len(set(warnings)) == len(warnings) and all(warning in trained.stdout for warning in warnings)
+
+    with open(folder / "training.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(14))
+    for row in rows:
+        shares = [float(row[name]) for name in row if name.startswith("predicted/")]
+        assert len(shares) == 4 and sum(shares) == pytest.approx(1)
+        assert 0 <= float(row["seconds_waiting"]) < float(row["seconds"])
+    assert [float(row["decay"]) for row in rows[:2]] == [0.0, 1 - 1 / 8]  # k = 7 at the end of the second epoch
+
+    figures = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert figures["networks"]["teacher"]["miou"] == float(last["miou_tea"])
+    assert figures["networks"]["student"]["miou"] == float(last["miou_stu"])
+    assert figures["protocol"]["images"] == 5
+    assert Image.open(folder / "views.png").size[1] > 6 * 256  # three hardest, three easiest
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "histograms": 0}).Reload()
+    assert [event.step for event in events.Images("views")] == [28, 56]
+    assert {"predictions", "views"} == set(events.Tags()["images"])
+    assert len(events.Histograms("scores")) == 14
+    wanted = {"loss_lb", "loss_ub", "pseudo", "pseudo_teacher", "score", "score_std", "agreement", "decay", "seconds"}
+    wanted |= {"seconds_waiting", "memory_mib", "lr_encoder", "lr_heads", "confident/dots", "epoch/miou_tea"}
+    assert wanted <= set(events.Tags()["scalars"])
+
+
+def test_rows_of_a_cut_off_epoch_are_forgotten(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, False, 0)
+    log.training({"epoch": 0, "loss_lb": 0.5})
+    log.training({"epoch": 1, "loss_lb": 0.25, "score": 1.0})
+    log.warn(1, "too, soon")
+    assert (tmp_path / "training.csv").read_text().splitlines() == ["epoch,loss_lb,score", "0,0.5,", "1,0.25,1.0"]
+    assert RunLog(tmp_path, False, 1).rows == [{"epoch": 0, "loss_lb": 0.5}]
+    assert (tmp_path / "warnings.csv").read_text().splitlines() == ["epoch,warning"]
+
+
+def test_meter_reads_a_value_for_each_class() -> None:
+    meter = Meter(("cat", "dog"))
+    meter.add({"loss_lb": torch.tensor(1.0), "confident": torch.tensor([0.2, 0.6])})
+    meter.add({"loss_lb": torch.tensor(3.0), "confident": torch.tensor([0.4, 0.0])})
+    expected = {"loss_lb": 2.0, "confident/cat": 0.3, "confident/dog": 0.3}
+    assert meter.window(1) == pytest.approx(expected) and meter.means() == pytest.approx(expected)
+
+
+def test_clock_counts_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("imas.engine.meter.time.perf_counter", lambda: now[0])
+
+    def slow():
+        for number in range(3):
+            now[0] += 2
+            yield number
+
+    clock = Clock()
+    for _ in clock.waits(slow()):
+        now[0] += 3
+    assert clock.means() == {"seconds": 5.0, "seconds_waiting": 2.0}
+
+
+class _Fixed(nn.Module):
+    """The left half is sure and agreed upon; in the right half nobody is sure, and student and teacher differ."""
+
+    def views(self, weak, strong, generator, *, always_mix):
+        assert always_mix
+        right = torch.zeros(weak.shape[0], *weak.shape[-2:], dtype=torch.int64)
+        right[..., right.shape[-1] // 2 :] = 1
+        sure = 0.9 - 0.5 * right
+        teacher = Prediction(torch.ones_like(right), sure)
+        hardness = Hardness(torch.tensor([0.25]), torch.tensor([0.5]), torch.tensor([0.5]))
+        return Views(Prediction(1 + right, sure), teacher, teacher, hardness, strong, Mixed(weak, teacher))
+
+
+def test_views_sheet_greys_the_unsure_and_reddens_disagreement() -> None:
+    weak = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
+    blue, green = (0, 0, 255), (0, 255, 0)
+    sheet = views_sheet(
+        _Fixed(), weak, weak // 2, ["a"], Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), threshold=0.8,
+        class_names=("x", "y", "z"), palette=((0, 0, 0), blue, green), generator=torch.Generator(),
+    )  # fmt: skip
+    left, right = (
+        (lambda column: sheet.getpixel((4 + column * 260 + 60, 150))),
+        (lambda column: sheet.getpixel((4 + column * 260 + 200, 150))),
+    )
+    assert [left(column) for column in range(6)] == [
+        (200,) * 3, (100,) * 3, (200,) * 3, blue, blue, (224, 224, 224),
+    ]  # fmt: skip
+    assert [right(column) for column in (3, 4, 5)] == [(224, 224, 224), green, (200, 30, 30)]
