@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, run
 from PIL import Image
 
 import imas
-from benchmarks import shapes
+from benchmarks import picture, shapes
 from imas import load_config
 from imas.__main__ import COMMANDS as LISTED
 
@@ -29,6 +29,7 @@ PAGES += [ROOT / folder / "README.md" for folder in ("exps", "data/splits", "pre
 # the test that runs them in a smaller form.
 ELSEWHERE = {
     "sh tests/run.sh": "test_readme.py::test_ci_runs_the_test_command",
+    "tensorboard --logdir exps/shapes_imas/log/tensorboard": "test_scripts.py::test_train_then_evaluate",
     "python -m benchmarks.shapes": "test_readme.py::test_the_benchmark_of_the_embedded_set",
     "python -m benchmarks.survive": "test_survive.py::test_three_kills_on_one_process",
     "python -m pytest tests/test_methods.py tests/test_structure.py": "test_readme.py::test_the_worked_example",
@@ -149,8 +150,9 @@ def test_commands_that_are_tested_elsewhere_exist() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.text)
 def test_every_command_has_words_that_are_known(command: Command, project: Path) -> None:
     """Also of the commands that need data or GPUs."""
-    parsers = {"train_semi.py": "train_semi", "eval.py": "eval", "imas.data": "imas.data.__main__"}
-    if command.text == "sh tests/run.sh":
+    parsers = {name: name.removesuffix(".py") for name in ("train_semi.py", "eval.py")}
+    parsers |= {name: f"{name}.__main__" for name in ("imas.data", "imas.report")}
+    if command.text.startswith(("sh tests", "tensorboard")):
         return
     for words in _started(command.text.replace("exps/.../", "exps/shapes_imas/"), project):
         for name in parsers.keys() & set(words):
@@ -194,6 +196,16 @@ def test_the_benchmark_of_the_embedded_set(tmp_path: Path, monkeypatch, capsys: 
     shapes.main()
     printed = capsys.readouterr().out
     assert "| SupOnly | 0.1 | 51.0 ± 1.4 |  |" in printed and "| iMAS | 0.1 | 51.0 ± 1.4 | 51.0 ± 1.4 |" in printed
+
+
+def test_the_picture_is_drawn_from_a_run(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    assert run("train_semi.py", "--config", config).returncode == 0
+    sheet = picture.draw(config)
+    assert sheet.width > 1000 and sheet.height > 700 and len(sheet.getcolors(sheet.width * sheet.height)) > 1000
+    assert load_config(ROOT / "exps/shapes_imas/config.yaml", picture.SETTINGS).trainer.epochs == 90
+    assert (ROOT / "docs/overview.png").stat().st_size < 200_000
 
 
 @pytest.mark.parametrize(

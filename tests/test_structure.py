@@ -69,6 +69,21 @@ def test_public_names_have_docstrings() -> None:
         assert inspect.getdoc(getattr(imas, name)), name
 
 
+@pytest.mark.parametrize("path", [*_files(), *sorted(ROOT.glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_have_types_and_public_ones_docstrings(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or not tree.body, path
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [argument.arg for argument in arguments if argument.annotation is None]
+            assert set(bare) <= {"self", "cls"} and node.returns is not None, f"{node.name}: {bare}"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            told = ast.get_docstring(node) or path.name == "schema.py"  # its sections are their fields
+            assert told, f"{node.name} has no docstring"
+
+
 def test_every_definition_is_used() -> None:
     """A function or class that nothing names is to be deleted."""
     sources = {path: path.read_text() for path in [*_files(), *ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]}
