@@ -346,3 +346,18 @@ def test_citation_changelog_and_package_tell_one_version() -> None:
     assert imas.__version__ in (ROOT / "CHANGELOG.md").read_text()
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
     assert paper["title"] in (ROOT / "README.md").read_text()
+
+
+def test_the_spec_has_every_section_that_the_code_cites() -> None:
+    text = (ROOT / "docs/spec.md").read_text()
+    sections = {heading.lower() for heading in re.findall(r"^## (.*)$", text, flags=re.MULTILINE)}
+    steps = set(re.findall(r"^(\d+)\. ", text, flags=re.MULTILINE))
+    cited = []
+    for path in (ROOT / "imas").rglob("*.py"):
+        cited += re.findall(r"\bspec, ([^)`]*)", " ".join(path.read_text().split()))
+    assert len(cited) > 20
+    for words in (part.strip() for citation in cited for part in citation.split(";") if part.strip()):
+        if words.startswith("step"):
+            assert set(re.findall(r"\d+", words)) <= steps, words
+        else:
+            assert words.lower() in sections, words
