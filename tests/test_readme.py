@@ -89,7 +89,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert load_config(folder / "mine.yaml").dataset.folder.class_names == ("ground", "road", "roof")
     mine = yaml.safe_load(own)
     mine["dataset"]["train"] |= {"batch_size": 2, "crop": {"size": 32}, "resize_base_size": 40}
-    mine["trainer"]["epochs"] = 2
+    mine["dataset"]["workers"], mine["trainer"]["epochs"] = 0, 2
     mine["net"] = TINY["net"] | {"num_classes": 3}
     sup = TINY | {"trainer": {"epochs": 2, "optimizer": {"kwargs": {"lr": 0.02}}}}
     sup["dataset"] = sup["dataset"] | {"train": {"batch_size": 2}}
