@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from .schema import Config, CriterionKwargs, Net
 from .strict import ConfigError, Reader, apply_overrides, read_yaml
@@ -23,7 +24,24 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             path that the file names is looked at: see ``imas.data.check``.
     """
     path = Path(path)
-    raw, reader = read_yaml(path)
+    return _checked(*read_yaml(path), path, overrides)
+
+
+def carried_config(raw: Any, path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration that a checkpoint carries, as ``Config.to_dict`` gave it.
+
+    Args:
+        raw: nested dicts.
+        path: the checkpoint, for messages.
+        overrides: see ``load_config``.
+
+    Raises:
+        ConfigError: see ``load_config``.
+    """
+    return _checked(raw, Reader(str(path)), Path(path), overrides)
+
+
+def _checked(raw: Any, reader: Reader, path: Path, overrides: Iterable[str]) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections (dataset, trainer, net, ...), got {type(raw).__name__}")
     overrides = list(overrides)

@@ -27,6 +27,7 @@ ALLOWED = {
     "imas/methods": {"methods", "ops", "models", "schema"},
     "imas/build.py": {"config", "schema", "methods", "models", "ops", "strict"},
     "imas/engine": {"engine", "methods.base", "models.pretrained", "data", "ops", "schema", "distributed", "strict"},
+    "imas/report": {"report", "strict"},
 }
 OUTSIDE = {"torch", "torchvision", "numpy", "yaml", "PIL", "tensorboard", "tqdm"}
 

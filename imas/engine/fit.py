@@ -128,7 +128,7 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
         matrices = evaluation(method.networks())
     if distributed.is_main():
         bar.clear()
-        report(run, matrices, evaluation)
+        report(run, matrices, evaluation, run_log)
 
 
 def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:

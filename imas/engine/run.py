@@ -40,7 +40,6 @@ class Run:
     step: int = 0  # updates done in the epoch after these
     best: dict[str, float] | None = None  # best mIoU in percent of each network
     scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
-    last_scores: dict[int, float] = field(default_factory=dict)  # of the last whole epoch, by index
     interruption: Interruption = field(default_factory=Interruption)
     saved: float = field(default_factory=time.monotonic)  # when
 
