@@ -192,6 +192,7 @@ def predict(
         Incomplete: after all others were written, if files could not be read or would share their outputs.
     """
     items, problems = find_images(options.images, options.save_dir)
+    count = len(items) + len(problems)
     log.info("%s of %s (epoch %s) on %d images, %s", *about.values(), len(items), protocol)
     with distributed.process_group() as device:
         dataset = config.dataset
@@ -207,7 +208,7 @@ def predict(
         )
     if problems and distributed.is_main():
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise Incomplete(f"of {len(problems)} images there is no prediction, of all others there is:\n{lines}")
+        raise Incomplete(f"{len(problems)} of {count} images have no prediction (all others are written):\n{lines}")
 
 
 if __name__ == "__main__":

@@ -163,6 +163,8 @@ def _check_schedule(config: Config, reader: Reader) -> None:
         reader.error("trainer.lr_scheduler.kwargs.milestones", "missing; the mode milestones needs epochs here")
     if trainer.scale_lr and trainer.reference_batch is None:
         reader.error("trainer.reference_batch", "missing; trainer.scale_lr needs the batch that the rate was made for")
+    if trainer.compile and trainer.checkpoint_encoder:
+        reader.error("trainer.checkpoint_encoder", "cannot be combined with trainer.compile")
 
 
 def _check_data(config: Config, reader: Reader) -> None:

@@ -209,6 +209,11 @@ class Trainer:
     reference_batch: int | None = option(None, check=_AT_LEAST_ONE)  # labeled images an update that the recipe is for
     scale_lr: bool = False  # lr · (processes · batch_size · accumulate) / reference_batch
     start_from: str | None = None  # a checkpoint whose networks training starts with, at epoch 0
+    amp: Literal["bf16", "fp16"] | None = None  # networks in a shorter format; losses and scores stay float32
+    tf32: bool = False  # on CUDA: float32 convolutions with 10 bits of mantissa
+    channels_last: bool = True  # NHWC in memory
+    compile: bool = False  # the networks by torch.compile
+    checkpoint_encoder: bool = False  # keep no activations within the encoder's blocks; compute them twice
     lr_scheduler: Scheduler = option(Scheduler)
     unsupervised: Unsupervised | None = None
 

@@ -185,15 +185,16 @@ def test_boundary_iou_by_hand() -> None:
     assert counts.mean == 1
 
 
-def test_boundary_iou_equals_a_slow_twin() -> None:
+@pytest.mark.parametrize("ignore", [255, 3])
+def test_boundary_iou_equals_a_slow_twin(ignore: int) -> None:
     rng = torch.Generator().manual_seed(0)
     coarse = [torch.randint(0, 3, (1, 1, 6, 8), generator=rng).float() for _ in range(2)]
     target, predicted = (F.interpolate(part, (60, 81)).long()[0] for part in coarse)
-    target[0, 25:33, 10:50] = 255
-    matrix = ConfusionMatrix(3, boundary=True)
+    target[0, 25:33, 10:50] = ignore
+    matrix = ConfusionMatrix(3, ignore, boundary=True)
     matrix.update(predicted, target)
     radius, found = round(0.02 * math.hypot(60, 81)), []
-    valid = (target != 255)[0]
+    valid = (target != ignore)[0]
     for number in range(3):  # erosion of each class's mask, as the paper has it
         bands = []
         for labels_ in (predicted, target):
@@ -317,10 +318,19 @@ def test_what_cannot_be_predicted_is_said_at_the_end(trained, tmp_path: Path) ->
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{photos}/a.png: left out, since {photos}/a.bmp has the same outputs" in done.stderr
     assert f"{photos}/broken.jpg: cannot be read as an image" in done.stderr
-    assert "of 2 images there is no prediction" in done.stderr and "images/s" in done.stdout
+    assert "2 of 8 images have no prediction" in done.stderr and "images/s" in done.stdout
     for kind, suffix in (("index", "png"), ("overlay", "jpg"), ("confidence", "png")):
         names = {path.relative_to(out / kind).as_posix() for path in (out / kind).rglob("*.*")}
         assert names == {f"{name}.{suffix}" for name in ("a", "turned", "grey", "sixteen", "sub/alpha", "sub/cmyk")}
+
+
+def test_two_processes_share_the_images(trained, tmp_path: Path) -> None:
+    _photos(tmp_path / "photos")
+    words = ("eval.py", "--checkpoint", trained(), "--images", tmp_path / "photos", "--save-dir", tmp_path / "out")
+    done = run(*words, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("6 images in") == 1
+    assert len(list((tmp_path / "out" / "index").rglob("*.png"))) == 6
 
 
 def test_cityscapes_ids(trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

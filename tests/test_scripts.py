@@ -54,12 +54,10 @@ def test_train_then_evaluate(experiment: Callable[..., Path]) -> None:
     assert sorted(row["image"] for row in scores if row["epoch"] == "1") == [f"shapes/{i:05d}" for i in range(4, 20)]
     assert all(0 <= float(row["score"]) <= 1 for row in scores)
 
-    for network, column in (("teacher", "miou_tea"), ("student", "miou_stu")):
+    for network, column, words in (("teacher", "miou_tea", ("--config", config)), ("student", "miou_stu", ())):
         out = folder / f"{network}.json"
-        evaluated = run(
-            "eval.py", "--config", config, "--checkpoint", folder / "checkpoints" / "ckpt.pth",
-            "--network", network, "--json", out,
-        )  # fmt: skip
+        checkpoint = folder / "checkpoints" / "ckpt.pth"  # which carries its configuration
+        evaluated = run("eval.py", *words, "--checkpoint", checkpoint, "--network", network, "--json", out)
         assert evaluated.returncode == 0, evaluated.stderr
         figures = json.loads(out.read_text())
         assert figures["miou"] == float(metrics[2][column])

@@ -153,6 +153,7 @@ class Continued(NamedTuple):
     length: int | None = None  # updates of an epoch
     world: int = 1  # processes
     partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
+    scaler: dict[str, Any] | None = None  # of fp16
 
 
 def resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, seed: int) -> Continued:
@@ -180,7 +181,8 @@ def resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Op
     step, world = state.get("step", 0), state.get("run", {}).get("processes", 1)
     log.info("resumed after epoch %d%s from %s", state["epoch"] - 1, f" and {step} updates" if step else "", path)
     length = state.get("iterations_per_epoch")
-    return Continued(state["epoch"], state.get("best"), step, length, world, state.get("partial"))
+    partial, scaler = state.get("partial"), state.get("scaler_state")
+    return Continued(state["epoch"], state.get("best"), step, length, world, partial, scaler)
 
 
 def _read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:
@@ -208,5 +210,9 @@ def _load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any] | Non
     )
     if fits:
         optimizer.load_state_dict(own | {"state": averages})
+        for parameter, values in optimizer.state.items():  # fused kernels want both in one memory format
+            for name, average in values.items():
+                if isinstance(average, Tensor) and average.dim() > 0:
+                    values[name] = torch.empty_like(parameter).copy_(average)
     else:
         log.warning("%s: its optimizer_state is not of these parameters in this order: momentum starts at zero", path)

@@ -20,7 +20,7 @@ from ..data.splits import describe_lists
 from ..methods.base import Batch, Method, Progress
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
-from . import provenance
+from . import precision, provenance
 from .evaluate import Evaluation
 from .health import Health
 from .interrupt import Interrupted, interruptible
@@ -57,10 +57,12 @@ def fit(
     """
     world = distributed.world_size()
     data = TrainingData(config, lists, seed, distributed.rank(), world)
+    precision.prepare(method, config.trainer, device)
     optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer, lr_factor(config, world))
     meter = Meter(catalog_of(config.dataset).class_names)
     description = provenance.describe(config, lists, seed, world)
-    run = Run(config, lists, seed, device, method, data, optimizer, meter, description)
+    scaler = precision.make_scaler(config.trainer, device)
+    run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description)
     with interruptible() as run.interruption, contextlib.ExitStack() as stack:
         _run_all(run, continued, stack)
 
@@ -97,7 +99,8 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
     matrices: dict[str, ConfusionMatrix] = {}
     for epoch in range(run.epoch, epochs):
         try:
-            row = _train_epoch(run, wrapped, run_log, bar, epoch)
+            with precision.tuned_kernels():
+                row = _train_epoch(run, wrapped, run_log, bar, epoch)
         except DataError:
             if world == 1:  # elsewhere the other ranks wait in the middle of an update
                 save(run, False)
@@ -155,12 +158,14 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
             generator = _generator(run.seed, iteration * config.trainer.accumulate + number)
             progress = Progress(epoch, iteration, length, generator)
             with distributed.gradients_shared(wrapped, number + 1 == len(batches)):
-                output = wrapped(batch, progress)
-                (output.loss / len(batches)).backward()
+                with precision.autocast(config.trainer, run.device):
+                    output = wrapped(batch, progress)
+                run.scaler.scale(output.loss / len(batches)).backward()
             outputs.append(output.scalars)
             if output.score is not None:
                 run.scores.append((batch.index, output.score))
-        run.optimizer.step()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         method.after_step(progress)
         run.step = step + 1
 

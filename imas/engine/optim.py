@@ -90,4 +90,4 @@ def build_optimizer(groups: list[dict], options: Optimizer, factor: float = 1.0)
         group["base_lr"] = group["lr"] = kwargs.lr * times * factor
     if options.type == "adam":
         return torch.optim.Adam(groups, weight_decay=kwargs.weight_decay)
-    return torch.optim.SGD(groups, momentum=kwargs.momentum, weight_decay=kwargs.weight_decay)
+    return torch.optim.SGD(groups, momentum=kwargs.momentum, weight_decay=kwargs.weight_decay, fused=True)

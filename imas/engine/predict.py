@@ -7,15 +7,14 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ from .sliding import Predictor, labels_and_confidence
 log = logging.getLogger("imas")
 
 _KINDS = ("index", "overlay", "confidence")  # the folders of the outputs
-_WRITERS = 2  # threads; as many finished images wait for them
+_WRITERS = 2  # threads; as many predicted images wait for them
 
 
 class Incomplete(UserError):
@@ -98,22 +97,6 @@ def _before_wildcard(word: str) -> Path:
     return Path(*parts[:first])
 
 
-class ImageFiles(Dataset):
-    """Image files as (image (3, H, W) uint8, ""), or (None, what is wrong with the file)."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
-        try:
-            return TF.pil_to_tensor(read_image(self.paths[index])), ""
-        except DataError as error:
-            return None, str(error)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
 def predict_images(
     network: nn.Module,
     items: Sequence[Item],
@@ -133,43 +116,56 @@ def predict_images(
     Args:
         network: on the device of ``predictor``.
         ids: numbers to write for the classes, in grey without a palette (``catalog.CITYSCAPES_IDS``).
-        workers: processes that read.
+        workers: images that are read ahead, each by a thread.
 
     Returns:
         What is wrong with the images that are left out, of all ranks.
     """
-    mine = list(items[distributed.rank() :: distributed.world_size()])
-    loader = DataLoader(ImageFiles([item.path for item in mine]), None, num_workers=workers, collate_fn=tuple)
+    mine = items[distributed.rank() :: distributed.world_size()]
+    workers = max(1, workers)
     problems: list[str] = []
-    waiting: deque[Future] = deque()
-
-    def finish_one() -> None:
-        problem = waiting.popleft().result()
-        if problem:
-            problems.append(problem)
-
     start = time.perf_counter()
     bar = tqdm(total=len(mine), unit="image", leave=False, dynamic_ncols=True, disable=not distributed.is_main())
-    with bar, evaluating({"network": network}), ThreadPoolExecutor(_WRITERS) as pool:
-        for item, (image, problem) in zip(mine, loader):
-            if image is None:
-                problems.append(problem)
+
+    def predicted(images: Iterator[Tensor | str]) -> Iterator[tuple[Item, Tensor, Tensor, Tensor]]:
+        for item, image in zip(mine, images):
+            if isinstance(image, str):
+                problems.append(image)
             else:
                 batch = normalise(image.unsqueeze(0).to(predictor.device))
                 label, confidence = predictor(network, batch, labels_and_confidence)
-                grey = confidence[0].mul_(255).round_().byte()
-                waiting.append(pool.submit(_write, item, image, label[0].cpu(), grey.cpu(), catalog, ids, save_dir))
-            if len(waiting) > _WRITERS:
-                finish_one()
+                yield item, image, label[0].cpu(), confidence[0].mul_(255).round_().byte().cpu()
             bar.update()
-        while waiting:
-            finish_one()
-    gathered = distributed.gather(problems)
-    seconds = time.perf_counter() - start
-    everything = [problem for part in gathered for problem in part]
-    done = len(items) - len(everything)
+
+    with bar, evaluating({"network": network}), ThreadPoolExecutor(workers + _WRITERS) as pool:
+        results = predicted(_ahead(pool, _read, mine, workers))
+        for problem in _ahead(pool, lambda result: _write(*result, catalog, ids, save_dir), results, _WRITERS):
+            problems += [problem] if problem else []
+    problems = [problem for part in distributed.gather(problems) for problem in part]
+    seconds, done = time.perf_counter() - start, len(items) - len(problems)
     log.info("%d images in %.1f s, %.2f images/s: %s", done, seconds, done / seconds, save_dir)
-    return everything
+    return problems
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], inputs: Iterable[Any], count: int
+) -> Iterator[Any]:
+    """``map(function, inputs)`` in threads, at most ``count`` results ahead."""
+    waiting: deque[Future] = deque()
+    for one in inputs:
+        waiting.append(pool.submit(function, one))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _read(item: Item) -> Tensor | str:
+    """(3, H, W) uint8, or what is wrong with the file."""
+    try:
+        return TF.pil_to_tensor(read_image(item.path))
+    except DataError as error:
+        return str(error)
 
 
 def _write(

@@ -34,6 +34,7 @@ class Run:
     method: Method
     data: TrainingData
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     meter: Meter  # of the epoch
     description: dict  # what, with what, on what: see ``provenance``
     epoch: int = 0  # epochs done
@@ -87,6 +88,7 @@ def save(run: Run, improved: bool) -> None:
         "iterations_per_epoch": len(run.data),
         **checkpoint.network_states(run.method.networks()),
         "optimizer_state": run.optimizer.state_dict(),
+        "scaler_state": run.scaler.state_dict(),
         "best_miou": None if run.best is None else next(iter(run.best.values())),
         "best": run.best,
         "seed": run.seed,
@@ -121,6 +123,8 @@ def take_up(run: Run, path: Path) -> None:
             continued.world, world,
         )  # fmt: skip
     run.epoch, run.step, run.best = continued.epoch, continued.step, continued.best
+    if continued.scaler:
+        run.scaler.load_state_dict(continued.scaler)
     if continued.partial is not None:
         run.meter.read = continued.partial["metrics"]
         mine = continued.partial["scores"][distributed.rank()]

@@ -80,8 +80,8 @@ def protocol_bands(model: Callable[[Tensor], Any], images: Tensor, protocol: Pro
 
     A view is the image in one of the scales: side lengths round(scale · side), bilinear with antialiasing, as training
     resizes; with ``flip`` each scale once more, mirrored. Every view is divided by the number of windows over each
-    pixel, mirrored back, resized back to H × W (bilinear, half-pixel centres), and all are averaged. Each view keeps a
-    band of its own in memory.
+    pixel, mirrored back, resized back to H × W (bilinear, half-pixel centres), and all are averaged. Each view keeps an
+    image and a band of its own in memory.
     """
     if protocol.scales == (1.0,) and not protocol.flip:
         return window_bands(model, images, protocol.window)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.deeplabv3plus import DeepLabV3Plus, resize
+from ..models.deeplabv3plus import DeepLabV3Plus
 from ..ops.hardness import Hardness
 from ..ops.pseudo import Prediction
 
@@ -72,7 +72,7 @@ class Method(nn.Module):
 
     Args:
         student: the network that is trained.
-        criterion: (logits, labels) → scalar, the supervised loss.
+        criterion: (logits, labels) → scalar, the supervised loss; resizes the logits to the labels.
         aux_weight: of the auxiliary head's loss.
     """
 
@@ -120,8 +120,7 @@ class Method(nn.Module):
 
     def supervised_loss(self, coarse: Tensor, coarse_aux: Tensor | None, labels: Tensor) -> Tensor:
         """Criterion of main and auxiliary logits, (B, C, h, w) before the last resize (spec, Losses)."""
-        size = labels.shape[-2:]
-        loss = self.criterion(resize(coarse, size), labels)
+        loss = self.criterion(coarse, labels)
         if coarse_aux is not None:
-            loss = loss + self.aux_weight * self.criterion(resize(coarse_aux, size), labels)
+            loss = loss + self.aux_weight * self.criterion(coarse_aux, labels)
         return loss

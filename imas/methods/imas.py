@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..models.deeplabv3plus import DeepLabV3Plus, resize
+from ..models.deeplabv3plus import DeepLabV3Plus
 from ..models.ema import make_teacher, teacher_decay, update_teacher
 from ..ops import mixing
 from ..ops.hardness import score_predictions
@@ -113,9 +113,9 @@ class IMAS(Method):
         """Student's and teacher's predictions of the weak views, both in eval mode (spec, step 2)."""
         size = weak.shape[-2:]
         self.student.eval()
-        student = predict(resize(self.student.coarse(weak, aux=False)[0], size))
+        student = predict(self.student.coarse(weak, aux=False)[0], size)
         self.student.train()
-        teacher = predict(resize(self.teacher.coarse(weak, aux=False)[0], size))
+        teacher = predict(self.teacher.coarse(weak, aux=False)[0], size)
         return student, teacher
 
     def blend(self, weak: Tensor, strong: Tensor | None, score: Tensor, generator: torch.Generator) -> Tensor | None:
@@ -158,8 +158,7 @@ class IMAS(Method):
 
     def consistency(self, coarse: Tensor, pseudo: Prediction, weight: Tensor | None) -> Tensor:
         """Consistency loss of (B, C, h, w) logits before the last resize (spec, step 9)."""
-        logits = resize(coarse, pseudo.label.shape[-2:])
-        return consistency_loss(logits, pseudo.label, pseudo.confidence, self.unsupervised.threshold, weight)
+        return consistency_loss(coarse, pseudo.label, pseudo.confidence, self.unsupervised.threshold, weight)
 
     def needs_unlabeled(self, epoch: int) -> bool:
         return epoch >= self.sup_only_epoch

@@ -9,22 +9,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..ops.resize import resize
+from .atrous import AtrousConv2d
 from .resnet import ResNet
-
-
-def resize(features: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear with aligned corners, as every resize in the network. (B, K, h, w) → (B, K, \\*size)."""
-    if tuple(features.shape[-2:]) == tuple(size):
-        return features
-    return F.interpolate(features, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def _conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False) -> list[nn.Module]:
     padding = dilation * (kernel // 2)
+    convolution = AtrousConv2d if dilation > 1 else nn.Conv2d
     return [
-        nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias),
+        convolution(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     ]
@@ -112,15 +107,16 @@ class DeepLabV3Plus(nn.Module):
         self.auxor = AuxiliaryHead(middle, num_classes) if aux else None
 
     def coarse(self, images: Tensor, aux: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Logits before the last resize, (B, C, H/4, W/4) and (B, C, h, w), the latter None without ``aux``.
+        """Logits before the last resize, (B, C, H/4, W/4) and (B, C, h, w), the latter None without ``aux``; float32.
 
-        For callers that need only some of the images at full size.
+        For callers that need only some of the images at full size, or one at a time.
         """
         x1, _, x3, x4 = self.encoder(images)
-        return self.decoder(x1, x4), self.auxor(x3) if aux and self.auxor is not None else None
+        logits = self.decoder(x1, x4).float().contiguous()
+        return logits, self.auxor(x3).float().contiguous() if aux and self.auxor is not None else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, 3, H, W) normalised images → (logits, aux_logits or None), each (B, C, H, W) float32."""
         size = images.shape[-2:]
-        logits, aux_logits = self.coarse(images)
+        logits, aux_logits = DeepLabV3Plus.coarse(self, images)  # not compiled: whole images have many sizes
         return resize(logits, size), None if aux_logits is None else resize(aux_logits, size)

@@ -28,8 +28,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None
             averaged[1].append(theirs)
         else:
             ours.copy_(theirs)
-    torch._foreach_mul_(averaged[0], decay)
-    torch._foreach_add_(averaged[0], averaged[1], alpha=1 - decay)
+    torch._foreach_lerp_(*averaged, weight=1 - decay)
 
 
 def _state(module: nn.Module) -> list[torch.Tensor]:

@@ -5,9 +5,14 @@ Module names equal the authors', so ImageNet files and checkpoints made for thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -88,7 +93,8 @@ class ResNet(nn.Module):
         deep_stem: three 3×3 convolutions (the authors' encoders); otherwise torchvision's single 7×7.
         width: channels of the first stage, 64 in every published ResNet. All other channels scale with it.
 
-    ``name`` is kept; ``channels`` holds the channels of x1..x4.
+    ``name`` is kept; ``channels`` holds the channels of x1..x4. ``recompute``: keep a block's input alone for the
+    backward pass, and compute the block once more there.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
+        self.recompute = False
         block, depths = RESNETS[name]
         if deep_stem:
             stem = 2 * width
@@ -147,11 +154,36 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, 3, H, W) → x1 (1/4), x2, x3, x4, with ``channels`` channels."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x1 = self.layer1(x)
-        x2 = self.layer2(x1)
-        x3 = self.layer3(x2)
-        x4 = self.layer4(x3)
+        x1 = self._run(self.layer1, x)
+        x2 = self._run(self.layer2, x1)
+        x3 = self._run(self.layer3, x2)
+        x4 = self._run(self.layer4, x3)
         return x1, x2, x3, x4
+
+    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return stage(x)
+        for block in stage:
+            contexts = partial(_first_and_second_pass, block)
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return x
+
+
+def _first_and_second_pass(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _statistics_kept(block)
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Running statistics take in each batch once, though its activations are computed twice."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _stage(

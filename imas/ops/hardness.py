@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .counting import count
 from .pseudo import Prediction, predict
 
 
@@ -78,7 +79,7 @@ def score_predictions(
     rho_s = (student.confidence >= threshold).float().mean(dim=(1, 2))
     rho_t = (teacher.confidence >= threshold).float().mean(dim=(1, 2))
 
-    joint = count_pairs(student.label, teacher.label, num_classes).double()  # (B, C, C)
+    joint = count_pairs(student.label, teacher.label, num_classes)
     n_s, n_t = joint.sum(2), joint.sum(1)
     both = joint.diagonal(dim1=1, dim2=2)
     union = n_s + n_t - both
@@ -97,15 +98,9 @@ def score_predictions(
 
 
 def count_pairs(first: Tensor, second: Tensor, num_classes: int) -> Tensor:
-    """Per image, the pixels of each pair of labels: (B, H, W) and (B, H, W) → (B, C, C) int64, [b, first, second].
-
-    One bincount on the device for the whole batch.
-    """
-    batch = first.shape[0]
-    image = torch.arange(batch, device=first.device).view(-1, 1, 1)
-    index = (image * num_classes + first) * num_classes + second
-    counts = torch.bincount(index.flatten(), minlength=batch * num_classes**2)
-    return counts.view(batch, num_classes, num_classes)
+    """Per image, the pixels of each pair of labels: (B, H, W) and (B, H, W) → (B, C, C) float64, [b, first, second]."""
+    pairs = count(torch.add(second, first, alpha=num_classes), num_classes**2)
+    return pairs.view(-1, num_classes, num_classes)
 
 
 def _weighted_mean(iou: Tensor, pixels: Tensor, ignore_background: bool) -> Tensor:

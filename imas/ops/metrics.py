@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 _AT_ONCE = 2**18  # pixels that are counted in one go: what they need stays in a CPU's cache
 _BOUNDARY = 0.02  # of an image's diagonal: how far from another class a boundary reaches
+_BEYOND = -1  # no label: that of pixels beyond the image's border, and of those that do not count
 
 
 class ConfusionMatrix:
@@ -46,9 +47,8 @@ class ConfusionMatrix:
         cells = self.num_classes**2
         for predicted, true in zip(prediction.flatten().split(_AT_ONCE), target.flatten().split(_AT_ONCE)):
             index = true.int().mul_(self.num_classes).add_(predicted).masked_fill_(true == self.ignore_index, cells)
-            self.counts += torch.bincount(index.to(self.counts.device), minlength=cells + 1)[:cells].view_as(
-                self.counts
-            )
+            counts = torch.bincount(index.to(self.counts.device), minlength=cells + 1)[:cells]
+            self.counts += counts.view_as(self.counts)
         if self.boundary is not None:
             self.boundary.update(prediction, target)
 
@@ -111,19 +111,20 @@ class BoundaryIoU:
     """IoU near the boundaries of classes alone (Cheng et al., CVPR 2021), counted over a data set.
 
     Of each class's true and predicted pixels those count that are near another class, an ignored pixel or the image's
-    border: nearer, along rows and columns, than 2 % of the image's diagonal. Ignored pixels are taken out of truth and
+    border: within 2 % of the image's diagonal, along rows and columns. Ignored pixels are taken out of truth and
     prediction alike. ``matrix`` has one class more than the data: pixels that are near no boundary.
     """
 
     def __init__(self, num_classes: int, ignore_index: int, device: torch.device | str) -> None:
-        self.matrix = ConfusionMatrix(num_classes + 1, ignore_index, device)
+        self.ignore_index = ignore_index
+        self.matrix = ConfusionMatrix(num_classes + 1, _BEYOND, device)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add label maps (..., H, W), as those of ``ConfusionMatrix.update``."""
-        ignore = self.matrix.ignore_index
-        ignored = target == ignore
-        predicted, true = (self._boundaries(labels.masked_fill(ignored, ignore)) for labels in (prediction, target))
-        self.matrix.update(predicted, true.masked_fill_(ignored, ignore))
+        ignored = target == self.ignore_index
+        pair = (labels.masked_fill(ignored, self.ignore_index) for labels in (prediction, target))
+        predicted, true = map(self._boundaries, pair)
+        self.matrix.update(predicted, true.masked_fill_(ignored, _BEYOND))
 
     @property
     def iou(self) -> Tensor:
@@ -138,7 +139,7 @@ class BoundaryIoU:
     def _boundaries(self, labels: Tensor) -> Tensor:
         """Labels where the square of side 2 · radius + 1 around a pixel has several; elsewhere the last class."""
         radius = max(1, round(_BOUNDARY * math.hypot(*labels.shape[-2:])))
-        padded = F.pad(labels.short(), (radius,) * 4, value=-1)
+        padded = F.pad(labels.short(), (radius,) * 4, value=_BEYOND)
         inside = _over_squares(torch.minimum, padded, radius) == _over_squares(torch.maximum, padded, radius)
         return labels.int().masked_fill_(inside, self.matrix.num_classes - 1)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .counting import count
+from .resize import resize, rows_of
 
 
 class Prediction(NamedTuple):
@@ -15,17 +19,26 @@ class Prediction(NamedTuple):
     confidence: Tensor  # (B, H, W) float32 in (0, 1], its softmax probability
 
 
-def predict(logits: Tensor) -> Prediction:
+@torch.no_grad()
+def predict(logits: Tensor, size: Sequence[int] | None = None) -> Prediction:
     """Label and confidence of every pixel (spec, step 4).
 
-    The largest softmax probability is exp(max − logsumexp): no (B, C, H, W) softmax is made.
+    The largest softmax probability is 1 / Σ exp(logit − max). No softmax is made, and no more than one image's logits
+    are at full size at a time.
 
     Args:
-        logits: (B, C, H, W).
+        logits: (B, C, h, w).
+        size: H, W that the logits are resized to; default: theirs.
     """
-    logits = logits.float()
-    highest, label = logits.max(dim=1)
-    return Prediction(label, (highest - logits.logsumexp(dim=1)).exp())
+    size = tuple(size or logits.shape[-2:])
+    label = torch.empty((len(logits), *size), dtype=torch.int64, device=logits.device)
+    confidence = torch.empty(label.shape, device=logits.device)
+    for number in range(len(logits)):
+        full = resize(logits[number : number + 1].float(), size)[0]
+        for rows in rows_of(full):
+            highest, label[number, rows] = full[:, rows].max(dim=0)
+            confidence[number, rows] = (full[:, rows] - highest).exp_().sum(dim=0).reciprocal_()
+    return Prediction(label, confidence)
 
 
 def class_shares(prediction: Prediction, threshold: float, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -36,11 +49,11 @@ def class_shares(prediction: Prediction, threshold: float, num_classes: int) -> 
         label. The latter sum to 1.
     """
     confident = prediction.confidence >= threshold
-    counts = torch.bincount((2 * prediction.label + confident).flatten(), minlength=2 * num_classes)
-    shares = counts.view(num_classes, 2) / confident.numel()
+    counts = count(torch.add(confident, prediction.label, alpha=2), 2 * num_classes).sum(0)
+    shares = counts.float().view(num_classes, 2) / confident.numel()
     return shares[:, 1], shares.sum(1)
 
 
 def label_shares(label: Tensor, num_classes: int) -> Tensor:
     """(C,) float32: shares of all pixels of integer labels, 0..255; values from C on count as no class."""
-    return torch.bincount(label.flatten(), minlength=256)[:num_classes] / label.numel()
+    return count(label, num_classes).sum(0).float() / label.numel()
