@@ -23,8 +23,8 @@ from typing import Any
 import yaml
 
 _NO_MEMORY = (
-    "the GPU is out of memory. A smaller dataset.train.batch_size with a larger trainer.accumulate, or a smaller crop, "
-    "needs less; --check estimates how much"
+    "the GPU is out of memory. trainer.amp: bf16, trainer.checkpoint_encoder: true, or a smaller "
+    "dataset.train.batch_size with a larger trainer.accumulate need less; --check estimates how much"
 )
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 

@@ -78,7 +78,7 @@ def test_functions_have_types_and_public_ones_docstrings(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             bare = [argument.arg for argument in arguments if argument.annotation is None]
-            assert set(bare) <= {"self", "cls"} and node.returns is not None, f"{node.name}: {bare}"
+            assert set(bare) <= {"self", "cls", "ctx"} and node.returns is not None, f"{node.name}: {bare}"
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             told = ast.get_docstring(node) or path.name == "schema.py"  # its sections are their fields
