@@ -115,15 +115,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _started(command: str, project: Path) -> list[list[str]]:
-    """The Python commands that a line comes down to: single_run.sh runs with an interpreter that only notes them."""
-    if " sh " not in f" {command} ":
+    """The Python commands that a line comes down to: a shell runs it with an interpreter that only notes them."""
+    if command.startswith("python "):
         return [shlex.split(command)[1:]]
     notes = project / "started.txt"
     notes.unlink(missing_ok=True)
     environment = {"PATH": f"{project / 'stubs'}:/usr/bin:/bin", "STARTED": str(notes)}
     ended = subprocess.run(["sh", "-c", command], cwd=project, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, f"{command}\n{ended.stderr}"
-    return [shlex.split(line) for line in notes.read_text().splitlines()]
+    return [shlex.split(line) for line in notes.read_text().splitlines()] if notes.exists() else []
 
 
 def test_every_command_is_tested_or_marked(project: Path) -> None:
@@ -152,13 +152,13 @@ def test_commands_that_are_tested_elsewhere_exist() -> None:
 def test_every_command_has_words_that_are_known(command: Command, project: Path) -> None:
     """Also of the commands that need data or GPUs."""
     parsers = {"train_semi.py": "train_semi", "eval.py": "eval", "imas.data": "imas.data.__main__"}
-    if command.text.startswith(("sh tests", "tensorboard")):
-        return
-    for words in _started(command.text.replace("exps/.../", "exps/shapes_imas/"), project):
+    made = {"exps/seed1/config.yaml", "exps/shapes_fixmatch/config.yaml"}  # by the page itself
+    text = command.text.replace("exps/.../", "exps/shapes_imas/")
+    for words in _started(text, project) if "single_run.sh" in text else [shlex.split(text)]:
         for name in parsers.keys() & set(words):
             options = importlib.import_module(parsers[name]).parse(words[words.index(name) + 1 :])
             config = getattr(options, "config", None)
-            assert config is None or (project / config).is_file() or command.text in ELSEWHERE, config
+            assert config is None or (project / config).is_file() or str(config) in made, config
 
 
 def test_single_run_counts_gpus_and_nodes(project: Path) -> None:
