@@ -114,6 +114,7 @@ def _end() -> None:
     """What a failed test has left."""
     for forked in _started:
         forked._process.kill()
+        shutil.rmtree(forked._folder, ignore_errors=True)
 
 
 def _as_script(words: list[str], environment: dict[str, str], folder: Path, outputs: Path) -> None:
