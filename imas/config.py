@@ -133,12 +133,12 @@ def _check_classes(config: Config, reader: Reader) -> None:
 
 def _check_method(config: Config, reader: Reader) -> None:
     unsupervised, train = config.trainer.unsupervised, config.dataset.train
-    if config.method == "imas" and unsupervised is None:
-        reader.error("trainer.unsupervised", "missing; the method imas needs this section")
+    if config.method not in (None, "sup_only") and unsupervised is None:
+        reader.error("trainer.unsupervised", f"missing; the method {config.method} needs this section")
     if config.method == "sup_only" and unsupervised is not None:
         reader.error("trainer.unsupervised", "the method sup_only has no such section; set it to null")
-    if unsupervised is None and train.hardness_aware is not None:
-        reader.error("dataset.train.hardness_aware", "there is nothing to score without trainer.unsupervised")
+    if train.hardness_aware is not None and (unsupervised is None or config.method not in (None, "imas")):
+        reader.error("dataset.train.hardness_aware", "only imas scores images, and only with trainer.unsupervised")
     if unsupervised is not None and train.strong_aug is not None and train.strong_aug.labeled:
         reader.error("dataset.train.strong_aug.labeled", "only sup_only trains on strong views of labeled images")
 

@@ -2,6 +2,8 @@
 
 The reader knows nothing of experiments. What a section may contain is written at its dataclass: types, and in the
 field's metadata (see ``option``) allowed values, former names and what they mean today.
+
+More than 300 lines, since a third are the words in which mistakes are explained, and those belong beside the checks.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ from typing import Any
 
 import yaml
 
+_NO_MEMORY = (
+    "the GPU is out of memory. trainer.amp: bf16, trainer.checkpoint_encoder: true, or a smaller "
+    "dataset.train.batch_size with a larger trainer.accumulate need less; --check estimates how much"
+)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
@@ -30,8 +36,8 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call a script's ``main``; a ``UserError``, or a disk that takes no more, becomes a message on stderr and an exit
-    status.
+    """Call a script's ``main``; a ``UserError``, a disk that takes no more or a GPU without memory becomes a message
+    on stderr and an exit status.
     """
     try:
         main()
@@ -42,6 +48,11 @@ def run_script(main: Callable[[], None]) -> None:
         if error.errno not in _DISK:
             raise
         print(f"error: {error.filename or 'the output folder'}: cannot be written ({error.strerror})", file=sys.stderr)
+        sys.exit(UserError.status)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file does without
+            raise
+        print(f"error: {_NO_MEMORY} ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.exit(UserError.status)
 
 

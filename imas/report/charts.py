@@ -6,7 +6,7 @@ Colours are the classes of ``markup``; no line is known by its colour alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -117,7 +117,7 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _curve(line: Line, at) -> str:
+def _curve(line: Line, at: Callable[[float, float], tuple[float, float]]) -> str:
     """Path, points where they are few, and the best one."""
     points = [at(x, y) for x, y in zip(line.x, line.y)]
     kind = "line dashed" if line.dashed else "line"
