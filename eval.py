@@ -81,7 +81,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     truth.add_argument("--csv", type=Path, metavar="FILE", help="the same, a row a class")
     truth.add_argument("--confusion", type=Path, metavar="FILE.png", help="a picture of the confusion matrix")
     free = parser.add_argument_group("prediction, without ground truth")
-    free.add_argument("--images", nargs="+", metavar="DIR|FILE|GLOB", help="image files; sub-folders are kept")
+    free.add_argument(
+        "--images", nargs="+", metavar="DIR|FILE|GLOB", help="image files (quote a pattern); sub-folders are kept"
+    )
     free.add_argument("--save-dir", type=Path, metavar="OUT", help="folder for the predictions")
     free.add_argument(
         "--cityscapes-ids", action="store_true", help="write labelIds, as the Cityscapes test server wants them"

@@ -6,7 +6,8 @@
 The plain twin sums the windows' softmax over the whole map, takes the argmax of it, and counts by NumPy's histogram on
 the CPU, one each for intersection, prediction and truth. Both have the same network with random weights and
 the same random images, take turns in every round, and must count the same in every one. ``network`` is the time of the
-windows' forward passes alone, which both share; ``counting`` that of counting alone, on the same label maps.
+windows' forward passes alone, which both share; ``counting`` that of counting alone, on the same label maps. On a CPU
+all times are processor time, since other programs on the machine disturb that less.
 
 Memory is the peak for one image, with network and image, each way in a process of its own: on CUDA what PyTorch has
 allocated, on a CPU what is resident beyond the libraries.
@@ -153,11 +154,12 @@ def counting(case: Case, samples: list, device: torch.device) -> tuple[Callable,
     return matrix, lambda: sum(histograms(*pair, case.classes) for pair in pairs)
 
 
-def timed(function: Callable, *arguments) -> tuple[float, object]:
+def timed(device: torch.device, function: Callable, *arguments) -> tuple[float, object]:
     """Seconds, and what came."""
-    start = time.perf_counter()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    start = clock()
     result = function(*arguments)
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> dict[str, list[float]]:
@@ -180,7 +182,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, list[flo
     for number in range(rounds + 1):
         results = {}
         for part in list(parts)[:: 1 if number % 2 else -1]:  # so that none always comes first
-            taken, results[part] = timed(*parts[part])
+            taken, results[part] = timed(device, *parts[part])
             if number:  # the first warms up
                 seconds[part].append(taken)
         for prefix in ("", "counting, "):
