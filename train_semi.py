@@ -132,7 +132,11 @@ def report(config: Config, lists: Lists, seed: int) -> None:
         len(lists.labeled), len(lists.unlabeled), len(lists.val), config.trainer.epochs, len(data), world,
     )  # fmt: skip
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory._asdict().items())
-    log.info("memory of a float32 step, estimated: %s MiB a process (%s)", f"{memory.total / 2**20:,.0f}", parts)
+    log.info(
+        "memory of a float32 step without options, estimated: %s MiB a process (%s)",
+        f"{memory.total / 2**20:,.0f}",
+        parts,
+    )
     if health.wrong:
         raise Unhealthy("something is wrong with the data, see above; python -m imas.data check looks at all of it")
     log.info("checked: nothing is wrong, and nothing was written")

@@ -147,9 +147,11 @@ class IMAS(Method):
             side, border = mixing.box_side(
                 low, high, mean_score, generator, scaled_by_score=flags.scale_box, gaussian=flags.gaussian_box
             ), 16  # fmt: skip
-        mask = mixing.cutmix_mask(batch, height, width, side, generator, border=border).to(weak.device)
+        mask = mixing.cutmix_mask(batch, height, width, side, generator, border=border).to(
+            weak.device, non_blocking=True
+        )
         if self.hardness is None or options.use_cutmix_beta:
-            partner = torch.randperm(batch, generator=generator).to(weak.device)
+            partner = torch.randperm(batch, generator=generator).to(weak.device, non_blocking=True)
         else:
             partner = mixing.cutmix_partners(score)
         label = mixing.paste(pseudo.label, partner, mask)

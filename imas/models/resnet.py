@@ -177,13 +177,14 @@ def _first_and_second_pass(block: nn.Module) -> tuple[AbstractContextManager, Ab
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     """Running statistics take in each batch once, though its activations are computed twice."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, batches in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 def _stage(

@@ -27,7 +27,7 @@ def adaptive_blend(strong: Tensor, weak: Tensor, score: Tensor) -> Tensor:
 
 def random_choice(strong: Tensor, weak: Tensor, score: Tensor, generator: torch.Generator) -> Tensor:
     """Each image's strong view with probability h, else its weak view (the unblended form of step 5)."""
-    draws = torch.rand(len(score), generator=generator).to(score.device)
+    draws = torch.rand(len(score), generator=generator).to(score.device, non_blocking=True)
     return torch.where((draws < score).view(-1, 1, 1, 1), strong, weak)
 
 

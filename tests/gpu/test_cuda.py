@@ -1,0 +1,130 @@
+"""What only a GPU can show; skipped where there is none. Written without one at hand: bounds are estimates."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+from conftest import ROOT, TINY
+from torch import Tensor
+
+from imas.build import build_method
+from imas.config import load_config
+from imas.engine import precision
+from imas.engine.optim import build_optimizer
+from imas.methods.base import Batch, Method, Progress, Step
+from imas.schema import Config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def tiny(experiment: Callable[..., Path]) -> Callable[..., Config]:
+    """The tiny experiment's configuration with an auxiliary head, OHEM and overrides."""
+    net = copy.deepcopy(TINY["net"]) | {"aux_loss": {}}
+    criterion = {"type": "ohem", "kwargs": {"min_kept": 500}}
+    return lambda *words: load_config(experiment(net=net, criterion=criterion), words)
+
+
+def _ready(config: Config, device: torch.device) -> tuple[Method, Batch]:
+    torch.manual_seed(0)
+    method = build_method(config).train()
+    with torch.no_grad():
+        method.student.decoder.classifier[-1].weight.mul_(10)
+        for parameter in method.teacher.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    method.to(device)
+    precision.prepare(method, config.trainer, device)
+    images = [golden.randn(seed, 4, 3, 33, 33).to(device) for seed in range(3)]
+    labels, index = golden.randint(5, 4, 4, 33, 33).to(device), torch.arange(4, device=device)
+    return method, Batch(images[0], labels, weak=images[1], strong=images[2], index=index)
+
+
+def _step(config: Config, device: torch.device, method: Method, batch: Batch) -> Step:
+    with precision.autocast(config.trainer, device):
+        step = method(batch, Progress(2, 9, 4, torch.Generator().manual_seed(1)))
+    step.loss.backward()
+    return step
+
+
+def _gradients(method: Method) -> Tensor:
+    return torch.cat([parameter.grad.flatten().cpu() for parameter in method.student.parameters()])
+
+
+# Relative bounds of losses and of the whole gradient, as in tests/test_precision.py.
+@pytest.mark.parametrize(
+    ("word", "loss", "gradient"),
+    [
+        ("channels_last=true", 1e-4, 0.05),
+        ("channels_last=false", 1e-4, 0.05),
+        ("checkpoint_encoder=true", 1e-4, 0.05),
+        ("compile=true", 1e-4, 0.05),
+        ("tf32=true", 1e-2, 0.3),
+        ("amp=bf16", 5e-2, 0.7),
+        ("amp=fp16", 1e-2, 0.3),
+    ],
+)
+def test_a_step_on_the_gpu_is_that_of_the_cpu(tiny, word: str, loss: float, gradient: float) -> None:
+    plain, batch = _ready(tiny(), CPU)
+    expected = _step(tiny(), CPU, plain, batch)
+    config = tiny(f"trainer.{word}")
+    method, batch = _ready(config, CUDA)
+    step = _step(config, CUDA, method, batch)
+    for name, value in expected.scalars.items():
+        torch.testing.assert_close(step.scalars[name].cpu(), value, rtol=loss, atol=loss)
+    difference = _gradients(method) - _gradients(plain)
+    assert difference.norm() <= gradient * _gradients(plain).norm()
+    assert list(method.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("words", [(), ("trainer.amp=fp16",), ("trainer.amp=bf16", "trainer.checkpoint_encoder=true")])
+def test_a_step_waits_for_the_device_only_to_decide_on_cutmix(tiny, words: tuple[str, ...]) -> None:
+    """Without a CutMix that follows the score nothing waits at all; else ``mean(h).item()`` does."""
+    config = tiny("dataset.train.hardness_aware.trigger_cutmix=false", *words)
+    method, batch = _ready(config, CUDA)
+    optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer)
+    scaler = precision.make_scaler(config.trainer, CUDA)
+
+    def update() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        progress = Progress(2, 9, 4, torch.Generator().manual_seed(1))
+        with precision.autocast(config.trainer, CUDA):
+            step = method(batch, progress)
+        scaler.scale(step.loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        method.after_step(progress)
+
+    update()  # makes momentum and scale
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("words", [(), ("trainer.amp=fp16",)])
+def test_a_deterministic_run_goes_on_bitwise(experiment: Callable[..., Path], words: tuple[str, ...]) -> None:
+    def train(path: Path) -> None:
+        options = [word for each in (*words, "trainer.epochs=2", "saver.use_tb=false") for word in ("--set", each)]
+        command = [sys.executable, "train_semi.py", "--config", str(path), "--deterministic", *options]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+
+    straight, resumed = experiment("straight"), experiment("resumed")
+    train(straight)
+    (resumed.parent / "checkpoints").mkdir()
+    shutil.copy(straight.parent / "checkpoints" / "ckpt_prev.pth", resumed.parent / "checkpoints" / "ckpt.pth")
+    train(resumed)
+    ends = (path.parent / "checkpoints" / "ckpt.pth" for path in (straight, resumed))
+    one, two = (torch.load(path, weights_only=True) for path in ends)
+    assert bool(one["scaler_state"]) == bool(words) and one["scaler_state"] == two["scaler_state"]
+    for key in ("model_state", "teacher_state"):
+        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
