@@ -34,6 +34,7 @@ from imas.data.normalise import Normalise
 from imas.engine import checkpoint
 from imas.engine.evaluate import Evaluation, figures, format_table
 from imas.engine.log import start_logging
+from imas.engine.precision import prepare_network
 from imas.engine.predict import Incomplete, find_images, predict_images
 from imas.engine.results import confusion_picture, need_file, need_folder, replacing, write_csv, write_json
 from imas.engine.sliding import Predictor, Protocol
@@ -100,6 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     name = options.network or ("teacher" if state.get("teacher_state") else "student")
     network = build_model(config.net, pretrained=False)
     checkpoint.load_network(network, name, state, options.checkpoint)
+    prepare_network(network, config.trainer)
     about = {"network": name, "checkpoint": str(options.checkpoint), "epoch": state.get("epoch")}
     (evaluate if options.images is None else predict)(options, config, network.eval(), protocol, about)
 

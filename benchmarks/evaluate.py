@@ -52,7 +52,7 @@ class Case(NamedTuple):
 CASES = {
     "tiny": Case("resnet18", 16, 4, (256, 256), 97, 4),
     "pascal": Case("resnet50", 64, 21, (375, 500), 513, 1),
-    "cityscapes": Case("resnet50", 64, 19, (1024, 2048), 769, 2),
+    "cityscapes": Case("resnet50", 64, 19, (1024, 2048), 769, 1),
     "large": Case("resnet18", 8, 19, (4000, 6000), 769, 1),
 }
 _IGNORE = 255

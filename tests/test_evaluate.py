@@ -365,6 +365,7 @@ def test_names_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert names("photos") == names(f"{tmp_path}/photos") == names("photos/**/*.*") == everything
     assert names("photos/sub/alpha.png") == ["alpha"]
     assert names("photos/a.png", f"{tmp_path}/photos/sub/alpha.png", "photos/a.png") == ["a", "sub/alpha"]
+    assert names("photos/sub/../a.png", "photos/sub/alpha.png") == ["a", "sub/alpha"]
     assert names("photos/*/*.png") == ["sub/alpha"]
     (tmp_path / "photos" / "sub").rename(tmp_path / "photos" / "index")  # as an earlier run leaves it
     assert names("photos", save_dir="photos") == ["a", "grey", "sixteen", "turned"]

@@ -20,10 +20,11 @@ import torch
 import yaml
 from conftest import ROOT, TINY, Forked, run, run_ranks, start
 
+import train_semi
 from benchmarks import survive
 from imas import distributed
 from imas.engine import checkpoint, lock
-from imas.engine.interrupt import interruptible
+from imas.engine.interrupt import Interrupted, Interruption, interruptible
 from imas.strict import UserError
 
 Experiment = Callable[..., Path]
@@ -88,6 +89,21 @@ def test_signals_save_within_an_epoch_and_the_run_goes_on(
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after epoch 0" in resumed.stdout
     _same_end(straight[launcher], stopped)
+
+
+def test_stopped_between_the_last_update_of_an_epoch_and_its_end(experiment: Experiment, monkeypatch) -> None:
+    straight, stopped = experiment("straight"), experiment("stopped")
+    train_semi.main(["--config", str(straight)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruption, "stops_before", lambda self, iteration: iteration == 8)
+        with pytest.raises(Interrupted):
+            train_semi.main(["--config", str(stopped)])
+    assert (_state(stopped)["epoch"], _state(stopped)["step"]) == (1, 4)
+    train_semi.main(["--config", str(stopped)])
+    ours, theirs = (_state(config) for config in (stopped, straight))
+    assert all(torch.equal(ours["model_state"][name], tensor) for name, tensor in theirs["model_state"].items())
+    for name in ("metrics.csv", "scores.csv"):
+        assert (stopped.parent / "log" / name).read_text() == (straight.parent / "log" / name).read_text()
 
 
 def test_three_kills_on_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

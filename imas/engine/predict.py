@@ -59,7 +59,7 @@ def find_images(words: Sequence[str], save_dir: Path) -> tuple[list[Item], list[
     Raises:
         UserError: a word that stands for no image.
     """
-    named = [Path(word).absolute() for word in words if Path(word).is_file()]
+    named = [Path(os.path.abspath(word)) for word in words if Path(word).is_file()]
     shared = Path(os.path.commonpath([path.parent for path in named])) if named else None
     outputs = [save_dir.resolve() / kind for kind in _KINDS]
     items: dict[Path, Item] = {}
@@ -71,7 +71,7 @@ def find_images(words: Sequence[str], save_dir: Path) -> tuple[list[Item], list[
             kind = "folder without images" if Path(word).is_dir() else "no such file"
             raise UserError(f"--images {word}: {kind} (looked in {Path.cwd()}); expected a folder, a file or a pattern")
         for path in paths:
-            name = (path.absolute() if base == shared else path).relative_to(base).with_suffix("")
+            name = (Path(os.path.abspath(path)) if base == shared else path).relative_to(base).with_suffix("")
             if path.resolve() in seen:
                 continue
             seen.add(path.resolve())

@@ -61,17 +61,20 @@ def window_bands(model: Callable[[Tensor], Any], images: Tensor, crop: int | Non
     for top in range(0, height, stride):
         bottom = min(top + crop, height)
         for left in range(0, width, stride):
-            output = model(images[..., top:bottom, left : left + crop])
-            probabilities = (output[0] if isinstance(output, tuple) else output).float().softmax(dim=1)
-            probabilities = probabilities.to(images.device)
+            probabilities = _softmax(model(images[..., top:bottom, left : left + crop])).to(images.device)
             if total is None:
                 total = probabilities.new_zeros(len(images), probabilities.shape[1], bottom, width)
             total[..., : bottom - top, left : left + crop] += probabilities
+            del probabilities  # which else stays while the next window is predicted
         done = min(stride, height - top)
         yield total[..., :done, :]
         kept = bottom - top - done  # at most ``done``, since windows overlap by no more than a stride
         total[..., :kept, :] = total[..., done : done + kept, :]
         total[..., kept:, :] = 0
+
+
+def _softmax(output: Any) -> Tensor:
+    return (output[0] if isinstance(output, tuple) else output).float().softmax(dim=1)
 
 
 def protocol_bands(model: Callable[[Tensor], Any], images: Tensor, protocol: Protocol) -> Iterator[Tensor]:
@@ -142,12 +145,13 @@ def labels(bands: Iterator[Tensor]) -> Tensor:
 
 def labels_and_confidence(bands: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     """The likeliest class of every pixel, (B, H, W) uint8, and its mean probability, float32 in [0, 1]."""
-    classes, confidences = [], []
-    for band in bands:
-        largest, number = band.max(dim=1)
-        classes.append(number.byte())
-        confidences.append(largest / band.sum(dim=1))
+    classes, confidences = zip(*map(_class_and_confidence, bands))
     return torch.cat(classes, dim=-2), torch.cat(confidences, dim=-2)
+
+
+def _class_and_confidence(band: Tensor) -> tuple[Tensor, Tensor]:
+    largest, number = band.max(dim=1)
+    return number.byte(), largest / band.sum(dim=1)
 
 
 class Predictor:
