@@ -336,12 +336,13 @@ def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(tmp_pa
         textwrap.dedent(f"""
         import os, sys; sys.path.insert(0, {str(ROOT)!r})
         import torch
-        from imas import build_model, distributed, ohem_cross_entropy
+        from imas import build_model, distributed
         from imas.methods.base import Batch, Progress
         from imas.methods.sup_only import SupOnly
+        from imas.ops.losses import cross_entropy
         torch.manual_seed(0)
         net = {TINY["net"]!r}
-        criterion = torch.nn.functional.cross_entropy
+        criterion = cross_entropy
         method = SupOnly(build_model(net), criterion, 0.0).eval()
         images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 4, (8, 32, 32))
         with distributed.process_group() as device:
