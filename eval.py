@@ -1,70 +1,218 @@
-"""Evaluate one network of a checkpoint, exactly as training does after each epoch.
+"""Evaluate a network of a checkpoint, or predict images with it, on a CPU, a GPU, or several by torchrun.
 
-python eval.py --config exps/shapes_imas/config.yaml --checkpoint exps/shapes_imas/checkpoints/ckpt_best.pth
-torchrun --standalone --nproc_per_node=4 eval.py --config ... --checkpoint ... --network student --json out.json
+As training does it after each epoch, on the validation list of the configuration that the checkpoint carries:
+
+    python eval.py --checkpoint exps/shapes_imas/checkpoints/ckpt_best.pth
+    torchrun --standalone --nproc_per_node=4 eval.py --checkpoint FILE --network student --json out.json
+
+Another list, other views, all that can be written; checkpoints of the authors' code need a configuration beside them:
+
+    python eval.py --config CONFIG --checkpoint FILE --list test.txt --root DATA --flip --scales 0.75 1 1.25 \\
+        --boundary --json out.json --csv out.csv --confusion confusion.png
+
+Images without ground truth, each at its own size; OUT gets the folders index (class numbers as PNGs with the palette),
+overlay (the image, half covered by the colours) and confidence (the class's mean probability, grey 0..255 for 0..1):
+
+    python eval.py --checkpoint FILE --images photos --save-dir OUT
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 from imas import distributed
 from imas.build import build_model
-from imas.config import load_config
+from imas.config import carried_config, load_config
+from imas.data.catalog import CITYSCAPES_IDS, catalog_of
 from imas.data.check import check_data
 from imas.data.lists import read_lists
+from imas.data.normalise import Normalise
 from imas.engine import checkpoint
 from imas.engine.evaluate import Evaluation, figures, format_table
 from imas.engine.log import start_logging
-from imas.strict import UserError, run_script
+from imas.engine.precision import prepare_network
+from imas.engine.predict import Incomplete, find_images, predict_images
+from imas.engine.results import confusion_picture, need_file, need_folder, replacing, write_csv, write_json
+from imas.engine.sliding import Predictor, Protocol
+from imas.models.deeplabv3plus import DeepLabV3Plus
+from imas.schema import Config
+from imas.strict import Together, UserError, run_script
 
 log = logging.getLogger("imas")
+_WITH_TRUTH = ("list", "root", "boundary", "json", "csv", "confusion")
+_WITHOUT_TRUTH = ("save_dir", "cityscapes_ids")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML")
     parser.add_argument("--checkpoint", required=True, type=Path, help="a file written by training")
+    parser.add_argument("--config", type=Path, help="an experiment's YAML (default: what the checkpoint carries)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key of it")
     parser.add_argument("--network", choices=("teacher", "student"), help="default: the teacher, if there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file, too")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key")
+    how = parser.add_argument_group("how images are seen (default: in windows of dataset.val.crop.size)")
+    how.add_argument("--whole", action="store_true", help="in one window as large as the image")
+    how.add_argument("--flip", action="store_true", help="average probabilities with those of the mirrored image")
+    how.add_argument(
+        "--scales",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        metavar="S",
+        help="average over the image resized by these factors",
+    )
+    how.add_argument(
+        "--accumulate",
+        choices=("device", "cpu"),
+        default="device",
+        help="where probabilities are summed (default: device; an image for which it is too small, on the CPU)",
+    )
+    truth = parser.add_argument_group("evaluation")
+    truth.add_argument("--list", type=Path, metavar="FILE", help="these images, not dataset.val.data_list")
+    truth.add_argument(
+        "--root", type=Path, metavar="DIR", help="where they and their masks lie, not dataset.val.data_root"
+    )
+    truth.add_argument("--boundary", action="store_true", help="Boundary IoU, too (bands of 2 %% of the diagonal)")
+    truth.add_argument("--json", type=Path, metavar="FILE", help="write all figures, unrounded, with the protocol")
+    truth.add_argument("--csv", type=Path, metavar="FILE", help="the same, a row a class")
+    truth.add_argument("--confusion", type=Path, metavar="FILE.png", help="a picture of the confusion matrix")
+    free = parser.add_argument_group("prediction, without ground truth")
+    free.add_argument(
+        "--images", nargs="+", metavar="DIR|FILE|GLOB", help="image files (quote a pattern); sub-folders are kept"
+    )
+    free.add_argument("--save-dir", type=Path, metavar="OUT", help="folder for the predictions")
+    free.add_argument(
+        "--cityscapes-ids", action="store_true", help="write labelIds, as the Cityscapes test server wants them"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Check everything that can be checked, then evaluate."""
+    """Check everything that can be checked, then evaluate or predict."""
     options = parse(arguments)
-    config = load_config(options.config, options.set)
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
+    check_options(options)
     distributed.read_launcher()
     start_logging()
-    lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
     state = checkpoint.read(options.checkpoint)
+    config = read_config(options, state)
+    protocol = Protocol(None if options.whole else config.dataset.val.crop.size, options.flip, tuple(options.scales))
     name = options.network or ("teacher" if state.get("teacher_state") else "student")
     network = build_model(config.net, pretrained=False)
     checkpoint.load_network(network, name, state, options.checkpoint)
+    prepare_network(network, config.trainer)
+    about = {"network": name, "checkpoint": str(options.checkpoint), "epoch": state.get("epoch")}
+    (evaluate if options.images is None else predict)(options, config, network.eval(), protocol, about)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Flags that contradict each other, and outputs that could not be written.
+
+    Raises:
+        UserError: all of them.
+    """
+    together = Together()
+    given = vars(options)
+    foreign = [name for name in (_WITHOUT_TRUTH if options.images is None else _WITH_TRUTH) if given[name]]
+    if foreign:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        together.errors.append(
+            f"{flags}: only with --images" if options.images is None else f"{flags}: --images has no ground truth"
+        )
+    if options.images is not None and options.save_dir is None:
+        together.errors.append("--images: needs --save-dir OUT, the folder for the predictions")
+    if not all(0 < scale < float("inf") for scale in options.scales):
+        together.errors.append(f"--scales {' '.join(map(str, options.scales))}: expected numbers above 0")
+    for name in ("json", "csv", "confusion"):
+        if given[name] is not None:
+            together(need_file, f"--{name}", given[name])
+    if options.confusion is not None and options.confusion.suffix.lower() != ".png":
+        together.errors.append(f"--confusion {options.confusion}: expected a name that ends in .png")
+    if options.save_dir is not None:
+        together(need_folder, "--save-dir", options.save_dir)
+    together.finish()
+
+
+def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
+    """The configuration of ``--config``, or of the checkpoint, with what the command line says otherwise.
+
+    Raises:
+        UserError: a checkpoint without a configuration; flags that do not fit the data set.
+    """
+    if options.config is not None:
+        config = load_config(options.config, options.set)
+    elif state.get("config") is not None:
+        config = carried_config(state["config"], options.checkpoint, options.set)
+    else:
+        raise UserError(
+            f"{options.checkpoint}: carries no configuration, as those of the authors' code; name one with --config"
+        )
+    if options.cityscapes_ids and config.dataset.type != "cityscapes":
+        raise UserError(f"--cityscapes-ids: the data set of this configuration is {config.dataset.type}")
+    if options.root is not None and config.dataset.type == "shapes":
+        raise UserError("--root: the data set shapes has no folder")
+    given = {"data_list": options.list, "data_root": options.root}
+    val = dataclasses.replace(config.dataset.val, **{key: str(path) for key, path in given.items() if path is not None})
+    return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, val=val))
+
+
+def evaluate(
+    options: argparse.Namespace, config: Config, network: DeepLabV3Plus, protocol: Protocol, about: dict[str, Any]
+) -> None:
+    """Count on labeled images; print the table, and write what was asked for."""
+    lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
     with distributed.process_group() as device:
-        evaluation = Evaluation(config, lists, device)
-        matrix = evaluation({name: network.to(device)})[name]
+        evaluation = Evaluation(config, lists, device, protocol, options.accumulate, options.boundary)
+        matrix = evaluation({about["network"]: network.to(device)})[about["network"]]
     if not distributed.is_main():
         return
-    log.info(
-        "%s of %s (epoch %s) on %d images, windows of %d, in percent:\n%s",
-        name, options.checkpoint, state.get("epoch"), len(lists.val), config.dataset.val.crop.size,
-        format_table(matrix, evaluation.catalog.class_names),
-    )  # fmt: skip
-    log.info("mIoU %.2f", 100 * matrix.miou)
+    class_names, found = evaluation.catalog.class_names, figures(matrix, evaluation.catalog.class_names)
+    how = f"{len(lists.val)} images, {protocol}"
+    what = "{network} of {checkpoint} (epoch {epoch})".format_map(about)
+    log.info("%s on %s, in percent:\n%s", what, how, format_table(matrix, class_names))
+    means = f"mIoU {100 * matrix.miou:.2f}, fwIoU {100 * matrix.fwiou:.2f}"
+    log.info("%s (%s, %s)", means, about["network"], how)
+    record = about | {"list": config.dataset.val.data_list, "images": len(lists.val)} | protocol.to_dict()
     if options.json is not None:
-        protocol = {"network": name, "checkpoint": str(options.checkpoint), "epoch": state.get("epoch")}
-        protocol |= {"images": len(lists.val), "window": config.dataset.val.crop.size}
-        content = protocol | figures(matrix, evaluation.catalog.class_names)
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        log.info("figures: %s", options.json)
+        write_json(options.json, record, found)
+    if options.csv is not None:
+        write_csv(options.csv, record, found)
+    if options.confusion is not None:
+        with replacing(options.confusion) as temporary:
+            confusion_picture(matrix, class_names, f"{means}: {what} on {how}.").save(temporary, "PNG")
+    for path in filter(None, (options.json, options.csv, options.confusion)):
+        log.info("written: %s", path)
+
+
+def predict(
+    options: argparse.Namespace, config: Config, network: DeepLabV3Plus, protocol: Protocol, about: dict[str, Any]
+) -> None:
+    """Write predictions of image files.
+
+    Raises:
+        Incomplete: after all others were written, if files could not be read or would share their outputs.
+    """
+    items, problems = find_images(options.images, options.save_dir)
+    count = len(items) + len(problems)
+    log.info("%s of %s (epoch %s) on %d images, %s", *about.values(), len(items), protocol)
+    with distributed.process_group() as device:
+        dataset = config.dataset
+        problems += predict_images(
+            network.to(device),
+            items,
+            Predictor(protocol, device, options.accumulate),
+            Normalise(dataset.mean, dataset.std, device),
+            catalog_of(dataset),
+            options.save_dir,
+            ids=CITYSCAPES_IDS if options.cityscapes_ids else None,
+            workers=dataset.workers,
+        )
+    if problems and distributed.is_main():
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise Incomplete(f"{len(problems)} of {count} images have no prediction (all others are written):\n{lines}")
 
 
 if __name__ == "__main__":

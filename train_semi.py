@@ -31,6 +31,7 @@ from imas.engine.log import start_logging
 from imas.engine.memory import estimate_step
 from imas.engine.optim import AVERAGES, explain_batch
 from imas.methods.base import Method
+from imas.report import write as write_page
 from imas.schema import Config
 from imas.strict import Together, UserError, run_script
 
@@ -86,6 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
         if config.translated:
             log.info("translated: %s", "; ".join(config.translated))
         fit(method, config, lists, seed=options.seed, device=device, continued=continued)
+        if distributed.is_main():
+            show(config)
 
 
 def prepare(config: Config, resume: str | None) -> tuple[Lists, Method, Path | None]:
@@ -144,6 +147,16 @@ def repeat_bitwise() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
+
+
+def show(config: Config) -> None:
+    """The page of the run. A run that is done and saved does not fail for want of it."""
+    try:
+        log.info("report:       %s", write_page([config.log_dir], config.log_dir / "report.html"))
+    except (UserError, OSError) as error:
+        log.warning("the page of the run was not written: %s", error)
+    except Exception:
+        log.exception("the page of the run was not written, for a mistake in it; the run itself is whole")
 
 
 if __name__ == "__main__":

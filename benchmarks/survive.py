@@ -83,15 +83,20 @@ def torn(folder: Path) -> int:
     return count
 
 
-def killed_run(folder: Path, processes: int, kills: int, settings: dict, rng: random.Random) -> dict[str, int]:
-    """Start, kill, start again; at last let it end. Gives kills of each kind, torn files, and kills within training."""
+def killed_run(
+    folder: Path, processes: int, kills: int, settings: dict, rng: random.Random, longest: float = 8.0
+) -> dict[str, int]:
+    """Start, kill, start again; at last let it end. Gives kills of each kind, torn files, and kills within training.
+
+    Args:
+        longest: seconds from a start to a kill, for each process; it takes about half of them to begin.
+    """
     counts = {"SIGKILL": 0, "SIGTERM": 0, "torn": 0, "in training": 0}
-    longest = 8.0 * processes  # seconds from a start to a kill; it takes about half of them to begin
     for number in range(kills):
         process = launch(folder, processes, settings)
         way = (signal.SIGKILL, signal.SIGTERM)[number % 2]
         try:
-            process.wait(rng.uniform(1, longest))
+            process.wait(rng.uniform(1, longest * processes))
         except subprocess.TimeoutExpired:
             before = (folder / "log" / "train.log").is_file()
             if way == signal.SIGKILL:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from .schema import Config, CriterionKwargs, Net
 from .strict import ConfigError, Reader, apply_overrides, read_yaml
@@ -23,7 +24,24 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             path that the file names is looked at: see ``imas.data.check``.
     """
     path = Path(path)
-    raw, reader = read_yaml(path)
+    return _checked(*read_yaml(path), path, overrides)
+
+
+def carried_config(raw: Any, path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration that a checkpoint carries, as ``Config.to_dict`` gave it.
+
+    Args:
+        raw: nested dicts.
+        path: the checkpoint, for messages.
+        overrides: see ``load_config``.
+
+    Raises:
+        ConfigError: see ``load_config``.
+    """
+    return _checked(raw, Reader(str(path)), Path(path), overrides)
+
+
+def _checked(raw: Any, reader: Reader, path: Path, overrides: Iterable[str]) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections (dataset, trainer, net, ...), got {type(raw).__name__}")
     overrides = list(overrides)
@@ -115,12 +133,12 @@ def _check_classes(config: Config, reader: Reader) -> None:
 
 def _check_method(config: Config, reader: Reader) -> None:
     unsupervised, train = config.trainer.unsupervised, config.dataset.train
-    if config.method == "imas" and unsupervised is None:
-        reader.error("trainer.unsupervised", "missing; the method imas needs this section")
+    if config.method not in (None, "sup_only") and unsupervised is None:
+        reader.error("trainer.unsupervised", f"missing; the method {config.method} needs this section")
     if config.method == "sup_only" and unsupervised is not None:
         reader.error("trainer.unsupervised", "the method sup_only has no such section; set it to null")
-    if unsupervised is None and train.hardness_aware is not None:
-        reader.error("dataset.train.hardness_aware", "there is nothing to score without trainer.unsupervised")
+    if train.hardness_aware is not None and (unsupervised is None or config.method not in (None, "imas")):
+        reader.error("dataset.train.hardness_aware", "only imas scores images, and only with trainer.unsupervised")
     if unsupervised is not None and train.strong_aug is not None and train.strong_aug.labeled:
         reader.error("dataset.train.strong_aug.labeled", "only sup_only trains on strong views of labeled images")
 

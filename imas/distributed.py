@@ -122,6 +122,15 @@ def _compare_versions() -> None:
         raise UserError(f"the ranks have different versions:\n{lines}")
 
 
+def devices() -> list[str]:
+    """What this machine has to compute on, a line a device."""
+    lines = [f"CPU, {torch.get_num_threads()} threads"]
+    for number in range(torch.cuda.device_count()):
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(number))
+        lines.append(f"GPU {number}, {torch.cuda.get_device_name(number)}, {total:.1f} GiB, {free:.1f} of them free")
+    return lines
+
+
 def rank() -> int:
     """This process's number, 0 without a process group. Before the group stands, the launcher's word counts."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))

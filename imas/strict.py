@@ -2,6 +2,8 @@
 
 The reader knows nothing of experiments. What a section may contain is written at its dataclass: types, and in the
 field's metadata (see ``option``) allowed values, former names and what they mean today.
+
+More than 300 lines, since a third are the words in which mistakes are explained, and those belong beside the checks.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ from typing import Any
 
 import yaml
 
+_NO_MEMORY = (
+    "the GPU is out of memory. trainer.amp: bf16, trainer.checkpoint_encoder: true, or a smaller "
+    "dataset.train.batch_size with a larger trainer.accumulate need less; --check estimates how much"
+)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
@@ -30,8 +36,8 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call a script's ``main``; a ``UserError``, or a disk that takes no more, becomes a message on stderr and an exit
-    status.
+    """Call a script's ``main``; a ``UserError``, a disk that takes no more or a GPU without memory becomes a message
+    on stderr and an exit status.
     """
     try:
         main()
@@ -42,6 +48,11 @@ def run_script(main: Callable[[], None]) -> None:
         if error.errno not in _DISK:
             raise
         print(f"error: {error.filename or 'the output folder'}: cannot be written ({error.strerror})", file=sys.stderr)
+        sys.exit(UserError.status)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file does without
+            raise
+        print(f"error: {_NO_MEMORY} ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.exit(UserError.status)
 
 
@@ -139,41 +150,15 @@ class Reader:
             self.error(path, f"expected a section (key: value lines), got {_show(raw)}")
             return BAD
         fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-        former = {field.metadata["old"]: field for field in fields.values() if field.metadata.get("old")}
-        meaningless = getattr(kind, "MEANINGLESS", {})
         hints = typing.get_type_hints(kind)
         values: dict[str, Any] = {}
         for key, value in raw.items():
             here = f"{path}.{key}" if path else str(key)
             field = fields.get(key)
-            if field is None and key in former:
-                field = former[key]
-                today = f"{path}.{field.name}" if path else field.name
-                if today in self.overrides:
-                    continue
-                if field.name in raw and here not in self.overrides:
-                    self.error(here, f"this is the former name of {field.name}, which is set as well: keep one")
-                    continue
-                if field.metadata["old_value"] is not None:
-                    try:
-                        value = field.metadata["old_value"](value)
-                    except (KeyError, TypeError, ValueError):
-                        self.error(here, f"{_show(value)} is not a value that this former key could have")
-                        continue
-                self.translated.append(f"{here} → {field.name}: {_show(value)}")
-            elif field is None and key in meaningless:
-                if meaningless[key] is not None and value not in meaningless[key]:
-                    allowed = " or ".join(map(_show, meaningless[key]))
-                    self.error(here, f"only {allowed} is supported, got {_show(value)}")
-                else:
-                    self.translated.append(f"{here}: means nothing any more")
-                continue
-            elif field is None:
-                near = difflib.get_close_matches(str(key), [*fields, *former], n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(fields))}"
-                self.error(here, f"unknown key{hint}")
-                continue
-            values[field.name] = self._value(field, hints[field.name], value, here)
+            if field is None:
+                field, value = self._other_key(kind, fields, raw, key, here)
+            if field is not None:
+                values[field.name] = self._value(field, hints[field.name], value, here)
         for field in fields.values():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and field.name not in values:
@@ -181,6 +166,48 @@ class Reader:
                 self.error(here, f"missing; expected {_words(hints[field.name])}")
                 values[field.name] = BAD
         return kind(**values)
+
+    def _other_key(
+        self, kind: type, fields: dict[str, dataclasses.Field], raw: dict, key: Any, here: str
+    ) -> tuple[dataclasses.Field | None, Any]:
+        """A key that names no field: the field whose former name it is, with today's value; else None."""
+        value, former = (
+            raw[key],
+            {field.metadata["old"]: field for field in fields.values() if field.metadata.get("old")},
+        )
+        meaningless = getattr(kind, "MEANINGLESS", {})
+        if key in former:
+            return self._former(former[key], raw, value, here)
+        if key in meaningless:
+            if meaningless[key] is not None and value not in meaningless[key]:
+                allowed = " or ".join(map(_show, meaningless[key]))
+                self.error(here, f"only {allowed} is supported, got {_show(value)}")
+            else:
+                self.translated.append(f"{here}: means nothing any more")
+        else:
+            near = difflib.get_close_matches(str(key), [*fields, *former], n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(fields))}"
+            self.error(here, f"unknown key{hint}")
+        return None, None
+
+    def _former(
+        self, field: dataclasses.Field, raw: dict, value: Any, here: str
+    ) -> tuple[dataclasses.Field | None, Any]:
+        """A field that was found by its former name, and its value as it is spelt today."""
+        parent = here.rpartition(".")[0]
+        if (f"{parent}.{field.name}" if parent else field.name) in self.overrides:
+            return None, None
+        if field.name in raw and here not in self.overrides:
+            self.error(here, f"this is the former name of {field.name}, which is set as well: keep one")
+            return None, None
+        if field.metadata["old_value"] is not None:
+            try:
+                value = field.metadata["old_value"](value)
+            except (KeyError, TypeError, ValueError):
+                self.error(here, f"{_show(value)} is not a value that this former key could have")
+                return None, None
+        self.translated.append(f"{here} → {field.name}: {_show(value)}")
+        return field, value
 
     def _value(self, field: dataclasses.Field, hint: Any, raw: Any, path: str) -> Any:
         check, convert, spelling = (field.metadata.get(rule) for rule in ("check", "convert", "spelling"))

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
+import runpy
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -54,21 +62,108 @@ def experiment(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def start(*words: str | Path, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+class Forked:
+    """A script in a forked process, with the words of ``subprocess.Popen``. What takes it seconds to import is there
+    already (see ``_FORKS``); modules of the project are not.
+    """
+
+    def __init__(self, words: list[str], environment: dict[str, str], folder: Path) -> None:
+        self.args = words
+        self._folder = Path(tempfile.mkdtemp(prefix="imas-test-"))
+        self._process = _FORKS.Process(target=_as_script, args=(words, environment, folder, self._folder))
+        self._process.start()
+        self.pid = self._process.pid
+        _started.append(self)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        _started.remove(self)
+        texts = [self._folder / name for name in ("out", "err")]
+        out, err = (path.read_text() if path.is_file() else "" for path in texts)
+        shutil.rmtree(self._folder)
+        return out, err
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torchvision", "torch.utils.tensorboard"])
+_started: list[Forked] = []
+
+
+@atexit.register
+def _end() -> None:
+    """What a failed test has left."""
+    for forked in _started:
+        forked._process.kill()
+        shutil.rmtree(forked._folder, ignore_errors=True)
+
+
+def _as_script(words: list[str], environment: dict[str, str], folder: Path, outputs: Path) -> None:
+    """In the forked process: as the interpreter does it."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(outputs / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.path.insert(0, str(folder if words[0] == "-m" else (folder / words[0]).resolve().parent))
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def start(
+    *words: str | Path, launcher: tuple[str, ...] = (), folder: Path = ROOT, **environment: str
+) -> subprocess.Popen | Forked:
     """A script of the project in a process of its own, on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    if not launcher:
+        return Forked(list(map(str, words)), environment, folder)
     command = [sys.executable, *launcher, *map(str, words)]
     return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def run(*words: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def run(
+    *words: str | Path, launcher: tuple[str, ...] = (), folder: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
     """``start`` and wait."""
-    process = start(*words, launcher=launcher)
+    process = start(*words, launcher=launcher, folder=folder, **environment)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_ranks(*words: str | Path) -> list[subprocess.CompletedProcess]:
+    """A script on two ranks, without the seconds that torchrun takes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [start(*words, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
+    outputs = [process.communicate(timeout=300) for process in ranks]
+    return [subprocess.CompletedProcess(words, each.returncode, *texts) for each, texts in zip(ranks, outputs)]

@@ -154,6 +154,11 @@ OLD_PASCAL_TODAY = {
         "reference_batch": None,
         "scale_lr": False,
         "start_from": None,
+        "amp": None,
+        "tf32": False,
+        "channels_last": True,
+        "compile": False,
+        "checkpoint_encoder": False,
         "optimizer": {
             "type": "SGD",
             "head_lr_times": 10.0,
@@ -170,7 +175,13 @@ OLD_PASCAL_TODAY = {
             "loss_weight": 1.5,
         },
     },
-    "saver": {"snapshot_dir": "ckpts", "use_tb": False, "auto_resume": True, "save_every": 30.0},
+    "saver": {
+        "snapshot_dir": "ckpts",
+        "use_tb": False,
+        "pictures_every": 10,
+        "auto_resume": True,
+        "save_every": 30.0,
+    },
     "criterion": {"type": "ce", "kwargs": {"thresh": None, "min_kept": None}},
     "net": {
         "num_classes": 21,
@@ -519,7 +530,7 @@ WRONG_VALUES = {
         "old", {"trainer.unsupervised.flag_ema_pseud": True}, "trainer.unsupervised.flag_ema_pseud", "flag_ema_pseudo?",
     ),
     "near miss of a section": ("old", {"criterium": {}}, "criterium", "did you mean criterion?"),
-    "nothing near": ("old", {"saver.zzz": 1}, "saver.zzz", "auto_resume, save_every, snapshot_dir, use_tb"),
+    "nothing near": ("old", {"saver.zzz": 1}, "saver.zzz", "auto_resume, pictures_every, save_every, snapshot_dir"),
     "key in the wrong section": ("old", {"trainer.num_classes": 21}, "trainer.num_classes", "unknown key"),
     "number as a key": ("old", {"7": 1}, "7", "unknown key"),
     # missing keys

@@ -20,6 +20,7 @@ from imas.engine.log import RunLog
 from imas.engine.meter import Meter, NonFiniteLoss
 from imas.engine.optim import build_optimizer, cosine_lr, learning_rate
 from imas.engine.pictures import prediction_sheet
+from imas.engine.sliding import Predictor, Protocol
 from imas.schema import Optimizer, OptimizerKwargs, Scheduler, SchedulerKwargs
 from imas.strict import UserError
 
@@ -88,8 +89,8 @@ def test_evaluation_counts_every_image_once_whatever_the_batch() -> None:
     for batch in (1, 3):
         loader = torch.utils.data.DataLoader(EvaluationSet(source, names), batch, collate_fn=list)
         matrices = evaluate(
-            {"student": network}, loader, lambda images: images / 255.0, num_classes=4, crop=40, ignore_index=255,
-            device=torch.device("cpu"),
+            {"student": network}, loader, lambda images: images / 255.0,
+            Predictor(Protocol(40), torch.device("cpu")), num_classes=4, ignore_index=255,
         )  # fmt: skip
         counts.append(matrices["student"].counts)
     assert torch.equal(*counts)

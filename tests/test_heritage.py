@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 import yaml
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, run, run_ranks
 from torch import nn
 
 from imas import build_model, load_config
@@ -270,10 +270,9 @@ def test_the_note_on_the_batch_names_what_fits() -> None:
     assert notes[0] == "learning rates times 0.5 (trainer.scale_lr)" and "multiplies" not in notes[1]
 
 
-def test_accumulation_under_torchrun(experiment: Experiment) -> None:
+def test_accumulation_on_two_ranks(experiment: Experiment) -> None:
     config = experiment()
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    trained = run("train_semi.py", "--config", config, "--set", "trainer.accumulate=2", launcher=launcher)
+    trained, _ = run_ranks("train_semi.py", "--config", config, "--set", "trainer.accumulate=2")
     assert trained.returncode == 0, trained.stderr
     assert "3 epochs of 1 iterations, batch 4 on 2 process(es)" in trained.stdout
 

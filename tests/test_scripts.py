@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, start
+from conftest import run, run_ranks, start
+
+from imas.strict import run_script
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -52,12 +54,10 @@ def test_train_then_evaluate(experiment: Callable[..., Path]) -> None:
     assert sorted(row["image"] for row in scores if row["epoch"] == "1") == [f"shapes/{i:05d}" for i in range(4, 20)]
     assert all(0 <= float(row["score"]) <= 1 for row in scores)
 
-    for network, column in (("teacher", "miou_tea"), ("student", "miou_stu")):
+    for network, column, words in (("teacher", "miou_tea", ("--config", config)), ("student", "miou_stu", ())):
         out = folder / f"{network}.json"
-        evaluated = run(
-            "eval.py", "--config", config, "--checkpoint", folder / "checkpoints" / "ckpt.pth",
-            "--network", network, "--json", out,
-        )  # fmt: skip
+        checkpoint = folder / "checkpoints" / "ckpt.pth"  # which carries its configuration
+        evaluated = run("eval.py", *words, "--checkpoint", checkpoint, "--network", network, "--json", out)
         assert evaluated.returncode == 0, evaluated.stderr
         figures = json.loads(out.read_text())
         assert figures["miou"] == float(metrics[2][column])
@@ -134,7 +134,7 @@ def test_two_processes_train_together(experiment: Callable[..., Path]) -> None:
     assert len([row for row in scores if row["epoch"] == "2"]) == 16  # 2 ranks, 2 batches of 4 each
     out = config.parent / "one.json"
     checkpoint = config.parent / "checkpoints" / "ckpt.pth"
-    evaluated = run("eval.py", "--config", config, "--checkpoint", checkpoint, "--json", out, launcher=TORCHRUN)
+    evaluated, _ = run_ranks("eval.py", "--config", config, "--checkpoint", checkpoint, "--json", out)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(out.read_text())["miou"] == float(metrics[2]["miou_tea"])
     assert "on 5 images" in evaluated.stdout
@@ -219,3 +219,15 @@ def test_an_earlier_run_is_not_overwritten(experiment: Callable[..., Path]) -> N
     assert (config.parent / "checkpoints" / "ckpt.pth").read_bytes() == before
     wrong = run("eval.py", "--config", config, "--checkpoint", config)
     assert wrong.returncode == 2 and "not safe to load" in wrong.stderr
+
+
+def test_a_gpu_without_memory_is_a_sentence(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 2
+    assert (
+        "error: the GPU is out of memory" in (err := capsys.readouterr().err) and "9 GiB" in err and "more" not in err
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import shutil
 import signal
@@ -17,12 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, run, start
+from conftest import ROOT, TINY, Forked, run, run_ranks, start
 
+import train_semi
 from benchmarks import survive
 from imas import distributed
 from imas.engine import checkpoint, lock
-from imas.engine.interrupt import interruptible
+from imas.engine.interrupt import Interrupted, Interruption, interruptible
 from imas.strict import UserError
 
 Experiment = Callable[..., Path]
@@ -61,7 +63,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
     for launcher in ((), TORCHRUN):
         path = tmp_path_factory.mktemp("straight") / "config.yaml"
         path.write_text(yaml.safe_dump({**TINY, "dataset": LONG}))
-        assert run("train_semi.py", "--config", path, launcher=launcher).returncode == 0
+        ended = run_ranks("train_semi.py", "--config", path) if launcher else [run("train_semi.py", "--config", path)]
+        assert all(each.returncode == 0 for each in ended)
         ends[launcher] = path
     return ends
 
@@ -80,20 +83,44 @@ def test_signals_save_within_an_epoch_and_the_run_goes_on(
     assert "and saved; the same command with --resume auto goes on" in err
     state = _state(stopped)
     assert state["epoch"] == 1 and 0 <= state["step"] < (10 if launcher else 20)
-    resumed = run("train_semi.py", "--config", stopped, launcher=launcher)
+    resumed = (
+        run_ranks("train_semi.py", "--config", stopped)[0] if launcher else run("train_semi.py", "--config", stopped)
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after epoch 0" in resumed.stdout
     _same_end(straight[launcher], stopped)
 
 
-def test_three_kills_on_one_process(tmp_path: Path) -> None:
+def test_stopped_between_the_last_update_of_an_epoch_and_its_end(experiment: Experiment, monkeypatch) -> None:
+    straight, stopped = experiment("straight"), experiment("stopped")
+    train_semi.main(["--config", str(straight)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruption, "stops_before", lambda self, iteration: iteration == 8)
+        with pytest.raises(Interrupted):
+            train_semi.main(["--config", str(stopped)])
+    assert (_state(stopped)["epoch"], _state(stopped)["step"]) == (1, 4)
+    train_semi.main(["--config", str(stopped)])
+    ours, theirs = (_state(config) for config in (stopped, straight))
+    assert all(torch.equal(ours["model_state"][name], tensor) for name, tensor in theirs["model_state"].items())
+    for name in ("metrics.csv", "scores.csv"):
+        assert (stopped.parent / "log" / name).read_text() == (straight.parent / "log" / name).read_text()
+
+
+def test_three_kills_on_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short form of ``python -m benchmarks.survive``."""
-    import random
+
+    def launch(folder: Path, processes: int, settings: dict) -> Forked:
+        folder.mkdir(exist_ok=True)
+        shutil.copy(survive.BASE, folder / "config.yaml")
+        words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        return start("train_semi.py", "--config", folder / "config.yaml", "--resume", "auto", *words)
 
     settings = survive.TINY | {"trainer.epochs": 6, "dataset.train.epoch_size": 160, "saver.save_every": 0.002}
+    settings |= {"net.encoder.kwargs.width": 4, "net.decoder.kwargs.inner_planes": 8}
     survive.finish(survive.launch(tmp_path / "straight", 1, settings), tmp_path / "straight")
-    counts = survive.killed_run(tmp_path / "killed", 1, 3, settings, random.Random(1))
-    assert counts["SIGKILL"] + counts["SIGTERM"] >= 1 and counts["torn"] == 0
+    monkeypatch.setattr(survive, "launch", launch)
+    counts = survive.killed_run(tmp_path / "killed", 1, 3, settings, random.Random(1), longest=3.0)
+    assert counts["in training"] >= 1 and counts["torn"] == 0
     _same_end(tmp_path / "straight" / "config.yaml", tmp_path / "killed" / "config.yaml")
 
 
@@ -124,7 +151,7 @@ def test_another_number_of_processes_goes_on_from_an_epochs_end(experiment: Expe
     """And says that it is no longer the same run; within an epoch it is refused."""
     config = experiment(dataset=LONG)
     assert run("train_semi.py", "--config", config, "--set", "trainer.epochs=2").returncode == 0
-    resumed = run("train_semi.py", "--config", config, launcher=TORCHRUN)
+    resumed, _ = run_ranks("train_semi.py", "--config", config)
     assert resumed.returncode == 0, resumed.stderr
     assert "no longer bitwise the same run" in resumed.stdout and "epoch 2: teacher" in resumed.stdout
     state = _state(config)
@@ -297,8 +324,8 @@ def test_ranks_with_other_versions_are_refused(tmp_path: Path) -> None:
         run_script(main)
         """)
     )
-    ended = run(script, launcher=TORCHRUN)
-    assert ended.returncode != 0
+    ended, _ = run_ranks(script)
+    assert ended.returncode == 2
     assert "the ranks have different versions" in ended.stderr and "'torch': '1.0'" in ended.stderr
 
 
@@ -309,12 +336,13 @@ def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(tmp_pa
         textwrap.dedent(f"""
         import os, sys; sys.path.insert(0, {str(ROOT)!r})
         import torch
-        from imas import build_model, distributed, ohem_cross_entropy
+        from imas import build_model, distributed
         from imas.methods.base import Batch, Progress
         from imas.methods.sup_only import SupOnly
+        from imas.ops.losses import cross_entropy
         torch.manual_seed(0)
         net = {TINY["net"]!r}
-        criterion = torch.nn.functional.cross_entropy
+        criterion = cross_entropy
         method = SupOnly(build_model(net), criterion, 0.0).eval()
         images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 4, (8, 32, 32))
         with distributed.process_group() as device:
@@ -331,8 +359,8 @@ def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(tmp_pa
     )
     files = {name: tmp_path / name for name in ("one", "two", "parts")}
     assert run(script, "1", files["one"]).returncode == 0
-    assert run(script, "1", files["two"], launcher=TORCHRUN).returncode == 0
-    assert run(script, "2", files["parts"], launcher=TORCHRUN).returncode == 0
+    for parts, name in (("1", "two"), ("2", "parts")):
+        assert [each.returncode for each in run_ranks(script, parts, files[name])] == [0, 0]
     expected = torch.load(f"{files['one']}0")
     assert len(expected) > 20
     for name in ("two", "parts"):

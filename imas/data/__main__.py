@@ -20,14 +20,19 @@ _NEW = ("images", "list", "masks", "mask_suffix", "labeled", "val", "seed", "str
 
 def main() -> None:
     """Call the command that the command line names."""
+    options = parse()
+    options.command(options)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ``command`` is what is to be called with it."""
     parser = argparse.ArgumentParser(prog="python -m imas.data", description="Tools for data.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_splits(
         commands.add_parser("splits", help="complete data/splits with the published lists, or draw new ones (--new)")
     )
     add_check(commands.add_parser("check", help="look at every image and mask of an experiment, and say what is wrong"))
-    options = parser.parse_args()
-    options.command(options)
+    return parser.parse_args(arguments)
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:

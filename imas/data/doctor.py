@@ -96,7 +96,8 @@ def examine(config: Config, lists: Lists, *, workers: int = 0, limit: int | None
         step = 1 if limit is None else max(1, len(names) // limit)
         dataset = _Looks(source_of(config, list_name), names[::step], list_name != "unlabeled")
         loader = DataLoader(dataset, 8, num_workers=workers if len(dataset) > 8 else 0, collate_fn=list)
-        bar = tqdm(total=len(dataset), desc=list_name, unit="image", leave=False, disable=not len(dataset))
+        shown = None if len(dataset) else True  # None: on a terminal
+        bar = tqdm(total=len(dataset), desc=list_name, unit="image", leave=False, disable=shown)
         looks[list_name] = []
         for batch in loader:
             looks[list_name] += batch

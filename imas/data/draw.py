@@ -85,12 +85,9 @@ def draw_splits(
     if count + held_out > len(usable):
         have = "" if masks is None else f" that have a mask, of {len(names)} in all"
         raise UserError(f"{count} labeled and {held_out} val images are more than the {len(usable)} images{have}")
-    classes = None
-    if stratify:
-        if masks is None:
-            raise UserError("--stratify reads masks: name their folder with --masks")
-        with ThreadPoolExecutor(8) as pool:
-            classes = dict(zip(usable, pool.map(partial(_classes, masks), usable)))
+    if stratify and masks is None:
+        raise UserError("--stratify reads masks: name their folder with --masks")
+    classes = _classes_of_all(masks, usable) if stratify else None
     lists = drawn(usable, count, held_out, seed, classes)
     taken = {name for part in lists.values() for name in part}
     lists["unlabeled"] = [name for name in names if name not in taken]
@@ -101,12 +98,10 @@ def draw_splits(
         print(f"{out / f'{kind}.txt'}  {len(lists[kind])} images, sha256 {digest(lists[kind])}")
     if "unlabeled" not in kinds:
         print("no image is left to be unlabeled: the lists are for methods that need none")
-    if classes is not None:
-        occurring = set().union(*classes.values())
-        for kind in ("labeled", "val") if held_out else ("labeled",):
-            absent = occurring.difference(*(classes[name] for name in lists[kind]))
-            if absent:
-                print(f"{kind}: no image could be had of these classes: {', '.join(map(str, sorted(absent)))}")
+    for kind in ["labeled", *(["val"] if held_out else [])] if classes is not None else []:
+        absent = set().union(*classes.values()).difference(*(classes[name] for name in lists[kind]))
+        if absent:
+            print(f"{kind}: no image could be had of these classes: {', '.join(map(str, sorted(absent)))}")
 
 
 def drawn(
@@ -148,6 +143,11 @@ def _cover(order: list[str], size: int, classes: dict[str, set[int]]) -> list[st
         chosen.append(best)
         lacking -= classes[best]
     return chosen
+
+
+def _classes_of_all(masks: FileSource, names: list[str]) -> dict[str, set[int]]:
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(partial(_classes, masks), names)))
 
 
 def _classes(masks: FileSource, name: str) -> set[int]:

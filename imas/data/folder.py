@@ -31,7 +31,7 @@ def find(options: Folder, root: Path, masked: bool = False) -> tuple[list[str], 
     Raises:
         UserError: a folder that does not exist.
     """
-    found = _images(root / options.images)
+    found = _found(root / options.images)
     if options.images == options.masks:
         beside = {files(options, root, name)[1] for name in found}
         found = [name for name in found if root / options.images / name not in beside]
@@ -39,12 +39,17 @@ def find(options: Folder, root: Path, masked: bool = False) -> tuple[list[str], 
     without = [name for name, has_mask in zip(found, masks) if not has_mask]
     if options.unlabeled is not None and not masked:
         base = Path(os.path.relpath(root / options.unlabeled, root / options.images))
-        without += [(base / name).as_posix() for name in _images(root / options.unlabeled)]
+        without += [(base / name).as_posix() for name in _found(root / options.unlabeled)]
     return [name for name, has_mask in zip(found, masks) if has_mask], without
 
 
-def _images(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (looked in {Path.cwd()}); dataset.folder says where the images lie")
+def images_below(folder: Path) -> list[str]:
+    """Paths of all image files in a folder and its sub-folders, relative to it, sorted."""
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
     return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _found(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder (looked in {Path.cwd()}); dataset.folder says where the images lie")
+    return images_below(folder)

@@ -186,8 +186,7 @@ def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         for image, label in samples:
             by_size.setdefault(label.shape, []).append((image, label))
         for group in by_size.values():
-            images, labels = zip(*group)
-            yield torch.stack(images), torch.stack(labels)
+            yield tuple(torch.stack(part) if len(part) > 1 else part[0].unsqueeze(0) for part in zip(*group))
 
 
 def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: int) -> DataLoader:

@@ -76,19 +76,8 @@ class FileSource:
         self.decode = decode or index_labels
 
     def image(self, name: str) -> Image.Image:
-        """The RGB image of a list line, upright. Alpha is dropped, 16-bit grey is scaled to 8 bits."""
-        path = self.files(self.root, name)[0]
-        image = _opened(path)
-        if image.mode == "RGB":
-            return image
-        if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-            grey = np.asarray(image)
-            if grey.max(initial=0) > 65535 or grey.min(initial=0) < 0:
-                raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got values up to {grey.max()}")
-            return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
-        if image.mode == "F":
-            raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got floating-point values")
-        return image.convert("RGB")
+        """The RGB image of a list line: see ``read_image``."""
+        return read_image(self.files(self.root, name)[0])
 
     def mask(self, name: str) -> Image.Image:
         """The mask of a list line, mode L. DataError if it has values that are neither classes nor ignored."""
@@ -106,6 +95,25 @@ class FileSource:
         """Files of these list lines that do not exist."""
         paths = [path for name in names for path in self.files(self.root, name)[: 2 if masks else 1]]
         return [path for path in paths if not path.is_file()]
+
+
+def read_image(path: Path) -> Image.Image:
+    """A file as an RGB image, upright. Alpha is dropped, 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        DataError: no image, or one with values beyond 16 bits.
+    """
+    image = _opened(path)
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        grey = np.asarray(image)
+        if grey.max(initial=0) > 65535 or grey.min(initial=0) < 0:
+            raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got values up to {grey.max()}")
+        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got floating-point values")
+    return image.convert("RGB")
 
 
 def index_labels(path: Path, image: Image.Image) -> np.ndarray:

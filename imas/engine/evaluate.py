@@ -18,9 +18,9 @@ from ..data.loaders import evaluation_batches, evaluation_loader
 from ..data.normalise import Normalise
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
+from .sliding import Predictor, Protocol, window_bands
 
 
-@torch.no_grad()
 def predict_sliding(model: nn.Module, images: Tensor, crop: int) -> Tensor:
     """Softmax probabilities of overlapping windows, summed: (B, 3, H, W) normalised → (B, C, H, W) float32.
 
@@ -31,18 +31,7 @@ def predict_sliding(model: nn.Module, images: Tensor, crop: int) -> Tensor:
         model: gives logits (B, C, h, w) of any window, or a tuple that begins with them.
         crop: window side in pixels, at least 2.
     """
-    height, width = images.shape[-2:]
-    stride = int(crop * 2 / 3)
-    total: Tensor | None = None
-    for top in range(0, height, stride):
-        for left in range(0, width, stride):
-            window = (..., slice(top, min(top + crop, height)), slice(left, min(left + crop, width)))
-            output = model(images[window])
-            probabilities = (output[0] if isinstance(output, tuple) else output).float().softmax(dim=1)
-            if total is None:
-                total = probabilities.new_zeros(len(images), probabilities.shape[1], height, width)
-            total[window] += probabilities
-    return total
+    return torch.cat([band.clone() for band in window_bands(model, images, crop)], dim=-2)
 
 
 @contextmanager
@@ -61,11 +50,11 @@ def evaluate(
     networks: dict[str, nn.Module],
     loader: DataLoader,
     normalise: Callable[[Tensor], Tensor],
+    predictor: Predictor,
     *,
     num_classes: int,
-    crop: int,
     ignore_index: int,
-    device: torch.device,
+    boundary: bool = False,
 ) -> dict[str, ConfusionMatrix]:
     """Confusion matrix of each network over all validation images of all ranks.
 
@@ -73,24 +62,44 @@ def evaluate(
         networks: by name; put into eval mode, and back into the mode that they were in.
         loader: this rank's images, of ``evaluation_loader``.
         normalise: uint8 images → network input.
+        boundary: count near boundaries, too.
     """
-    matrices = {name: ConfusionMatrix(num_classes, ignore_index, device) for name in networks}
+    device = predictor.device
+    matrices = {name: ConfusionMatrix(num_classes, ignore_index, device, boundary) for name in networks}
     with evaluating(networks):
         for images, labels in evaluation_batches(loader):
             images = normalise(images.to(device))
-            labels = labels.to(device)
             for name, network in networks.items():
-                matrices[name].update(predict_sliding(network, images, crop).argmax(dim=1), labels)
+                predicted = predictor(network, images)
+                matrices[name].update(predicted, labels.to(predicted.device))
     for matrix in matrices.values():
         distributed.sum_over_ranks(matrix.counts)
+        if matrix.boundary is not None:
+            distributed.sum_over_ranks(matrix.boundary.matrix.counts)
     return matrices
 
 
 class Evaluation:
-    """``evaluate`` with everything that follows from a configuration: ``Evaluation(...)({"teacher": network})``."""
+    """``evaluate`` with everything that follows from a configuration: ``Evaluation(...)({"teacher": network})``.
 
-    def __init__(self, config: Config, lists: Lists, device: torch.device) -> None:
-        self.config, self.device = config, device
+    Args:
+        protocol: default: the windows of the configuration.
+        accumulate: see ``Predictor``.
+        boundary: count near boundaries, too.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        lists: Lists,
+        device: torch.device,
+        protocol: Protocol | None = None,
+        accumulate: str = "device",
+        boundary: bool = False,
+    ) -> None:
+        self.config, self.boundary = config, boundary
+        self.protocol = protocol or Protocol(config.dataset.val.crop.size)
+        self.predictor = Predictor(self.protocol, device, accumulate)
         self.catalog = catalog_of(config.dataset)
         self.normalise = Normalise(config.dataset.mean, config.dataset.std, device)
         self.loader = evaluation_loader(config, lists.val, distributed.rank(), distributed.world_size())
@@ -100,10 +109,10 @@ class Evaluation:
             networks,
             self.loader,
             self.normalise,
+            self.predictor,
             num_classes=self.config.net.num_classes,
-            crop=self.config.dataset.val.crop.size,
             ignore_index=self.config.dataset.ignore_label,
-            device=self.device,
+            boundary=self.boundary,
         )
 
 
@@ -111,7 +120,8 @@ def figures(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> dict[str, 
     """Everything that an evaluation counts, in percent, unrounded, ready for JSON.
 
     ``miou``, ``fwiou``, ``pixel_accuracy`` and ``mean_accuracy`` are numbers; ``iou``, ``accuracy`` and ``pixels`` (the
-    share of the true pixels) are dicts by class name. None (null) for a class that the truth lacks, or where nothing
+    share of the true pixels) are dicts by class name. With counts near boundaries ``mean_boundary_iou`` and
+    ``boundary_iou`` come with them. None (null) for a class that the truth lacks, or where nothing
     was counted.
     """
 
@@ -120,6 +130,9 @@ def figures(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> dict[str, 
 
     means = {name: percent(getattr(matrix, name)) for name in ("miou", "fwiou", "pixel_accuracy", "mean_accuracy")}
     columns = {"iou": matrix.iou, "accuracy": matrix.accuracy, "pixels": matrix.frequency}
+    if matrix.boundary is not None:
+        means["mean_boundary_iou"] = percent(matrix.boundary.mean)
+        columns["boundary_iou"] = matrix.boundary.iou
     return means | {
         name: dict(zip(class_names, map(percent, column.tolist()), strict=True)) for name, column in columns.items()
     }
@@ -129,15 +142,25 @@ def format_table(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> str:
     """IoU, accuracy and share of pixels of each class in percent, and their means, as aligned text. The mean weighted
     by frequency is the fwIoU and the pixel accuracy.
     """
-    columns = (matrix.iou.tolist(), matrix.accuracy.tolist(), matrix.frequency.tolist())
-    rows = [(name, *map(_percent, values)) for name, *values in zip(class_names, *columns, strict=True)]
-    rows.append(("mean", _percent(matrix.miou), _percent(matrix.mean_accuracy), ""))
-    rows.append(("by frequency", _percent(matrix.fwiou), _percent(matrix.pixel_accuracy), ""))
+    head = ["class", "IoU", "acc.", "pixels"]
+    columns = [class_names, matrix.iou, matrix.accuracy, matrix.frequency]
+    means = [
+        ["mean", matrix.miou, matrix.mean_accuracy, ""],
+        ["by frequency", matrix.fwiou, matrix.pixel_accuracy, ""],
+    ]
+    if matrix.boundary is not None:
+        head.append("bound.")
+        columns.append(matrix.boundary.iou)
+        means[0].append(matrix.boundary.mean)
+        means[1].append("")
+    rows = [head, *zip(*(column.tolist() if isinstance(column, Tensor) else column for column in columns)), *means]
     width = max(len(row[0]) for row in rows)
-    lines = [f"{'class':{width}}  {'IoU':>6}  {'acc.':>6}  {'pixels':>6}"]
-    lines += [f"{name:{width}}  {iou:>6}  {accuracy:>6}  {pixels:>6}" for name, iou, accuracy, pixels in rows]
-    return "\n".join(lines)
+    return "\n".join(
+        f"{row[0]:{width}}" + "".join(f"  {_percent(cell):>6}" for cell in row[1:]).rstrip() for row in rows
+    )
 
 
-def _percent(value: float) -> str:
+def _percent(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
     return "n/a" if value != value else f"{100 * value:.2f}"

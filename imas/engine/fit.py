@@ -17,7 +17,7 @@ from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
 from ..data.source import DataError
 from ..data.splits import describe_lists
-from ..methods.base import Batch, Method, Progress
+from ..methods.base import Batch, Method
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from . import precision, provenance
@@ -131,7 +131,7 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
         matrices = evaluation(method.networks())
     if distributed.is_main():
         bar.clear()
-        report(run, matrices, evaluation)
+        report(run, matrices, evaluation, run_log)
 
 
 def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:
@@ -146,36 +146,16 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
     for step, batches in enumerate(updates, run.step):
         iteration = epoch * length + step
         run.stop_if_asked(iteration)
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(
-                config.trainer.lr_scheduler, group["base_lr"], iteration, config.trainer.epochs * length, length
-            )
-        run.optimizer.zero_grad(set_to_none=True)
-        outputs = []
-        for number, tensors in enumerate(batches):
+        for tensors in batches:
             _count(tensors.pop("skipped", []), replaced)
-            batch = to_device(tensors, normalise, run.device)
-            generator = _generator(run.seed, iteration * config.trainer.accumulate + number)
-            progress = Progress(epoch, iteration, length, generator)
-            with distributed.gradients_shared(wrapped, number + 1 == len(batches)):
-                with precision.autocast(config.trainer, run.device):
-                    output = wrapped(batch, progress)
-                run.scaler.scale(output.loss / len(batches)).backward()
-            outputs.append(output.scalars)
-            if output.score is not None:
-                run.scores.append((batch.index, output.score))
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        method.after_step(progress)
+        run.meter.add(_update(run, wrapped, normalise, batches, iteration))
         run.step = step + 1
-
-        run.meter.add(_means(outputs))
         bar.update()
         logs = (iteration + 1) % log_every == 0
         if logs or step + 1 == length:
             window = run.meter.window(iteration)
         if logs:
-            window |= _surroundings(run, progress, clock)
+            window |= _surroundings(run, iteration, clock)
             run_log.scalars(window, iteration)
             bar.clear()
             figures = ", ".join(f"{name} {value:.5f}" for name, value in window.items() if "/" not in name)
@@ -188,13 +168,38 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
             "epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, sum(replaced.values())
         )
     write_scores(run, run_log, epoch)
-    return run.meter.means() | _surroundings(run, progress, clock)
+    return run.meter.means() | _surroundings(run, (epoch + 1) * length - 1, clock)
 
 
-def _surroundings(run: Run, progress: Progress, clock: Clock) -> dict[str, float]:
+def _update(
+    run: Run, wrapped: nn.Module, normalise: Normalise, batches: list[dict[str, Tensor]], iteration: int
+) -> dict[str, Tensor]:
+    """One update from ``trainer.accumulate`` batches of the loader; gives the means of their scalars."""
+    trainer, length = run.config.trainer, len(run.data)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(trainer.lr_scheduler, group["base_lr"], iteration, trainer.epochs * length, length)
+    run.optimizer.zero_grad(set_to_none=True)
+    outputs = []
+    for number, tensors in enumerate(batches):
+        batch, progress = to_device(tensors, normalise, run.device), run.progress(iteration, number)
+        with distributed.gradients_shared(wrapped, number + 1 == len(batches)):
+            with precision.autocast(trainer, run.device):
+                output = wrapped(batch, progress)
+            run.scaler.scale(output.loss / len(batches)).backward()
+        outputs.append(output.scalars)
+        if output.score is not None:
+            run.scores.append((batch.index, output.score))
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.method.after_step(progress)
+    return _means(outputs)
+
+
+def _surroundings(run: Run, iteration: int, clock: Clock) -> dict[str, float]:
     """What is logged beside the method's own scalars. A run that was interrupted knows only its last stretch's time."""
     rates = {f"lr_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
-    return run.method.rates(progress) | rates | clock.means() | {"memory_mib": peak_memory(run.device)}
+    own = run.method.rates(run.progress(iteration))
+    return own | rates | clock.means() | {"memory_mib": peak_memory(run.device)}
 
 
 def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) -> tuple[dict[str, float], bool]:
@@ -230,9 +235,3 @@ def to_device(tensors: dict[str, Tensor], normalise: Normalise, device: torch.de
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     normalised = {name: normalise(tensor) for name, tensor in moved.items() if tensor.dim() == 4}
     return Batch(**moved | normalised | {"labels": moved["labels"].long()})
-
-
-def _generator(seed: int, batch: int) -> torch.Generator:
-    """This rank's own random numbers for a batch, counted from the start of training."""
-    words = (seed * 1_000_003 + batch) * 4096 + distributed.rank()
-    return torch.Generator().manual_seed(words % 2**63)

@@ -48,7 +48,8 @@ class Health:
         return sum(row[name] for row in self.rows) / len(self.rows)
 
     def _waiting(self) -> dict[str, str]:
-        share = self._mean("seconds_waiting") / self._mean("seconds")
+        timed = [row for row in self.rows if "seconds" in row]  # not an epoch of which a resumed run found all done
+        share = sum(row["seconds_waiting"] for row in timed) / sum(row["seconds"] for row in timed)
         if share <= _WAITING:
             return {}
         workers = self.config.dataset.workers

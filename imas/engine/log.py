@@ -102,6 +102,11 @@ class RunLog:
         if self.active:
             _append(self.folder / "scores.csv", ([epoch, image, f"{score:.4f}"] for epoch, image, score in rows))
 
+    def last_scores(self) -> dict[str, tuple[int, float]]:
+        """Epoch and value of the last score of each image."""
+        with open(self.folder / "scores.csv", newline="", encoding="utf-8") as file:
+            return {row["image"]: (int(row["epoch"]), float(row["score"])) for row in csv.DictReader(file)}
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()

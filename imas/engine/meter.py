@@ -94,6 +94,8 @@ class Clock:
 
     def means(self) -> dict[str, float]:
         """Seconds per iteration. On a GPU they are true once the device has been waited for."""
+        if not self.iterations:
+            return {}
         seconds = time.perf_counter() - self.began
         return {"seconds": seconds / self.iterations, "seconds_waiting": self.waited / self.iterations}
 

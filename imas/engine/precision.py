@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from ..methods.base import Method
 from ..schema import Trainer
@@ -20,15 +21,20 @@ def prepare(method: Method, trainer: Trainer, device: torch.device) -> None:
     Raises:
         UserError: ``compile`` where nothing can be compiled.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = trainer.tf32
     if trainer.compile:
         _try_compiler(device)
     for network in method.networks().values():
-        if trainer.channels_last:
-            network.to(memory_format=torch.channels_last)
+        prepare_network(network, trainer)
         network.encoder.recompute = trainer.checkpoint_encoder
         if trainer.compile:
             network.coarse = torch.compile(network.coarse)
+
+
+def prepare_network(network: nn.Module, trainer: Trainer) -> None:
+    """Memory layout and TF32 alone: as networks are evaluated, in training and by ``eval.py``."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = trainer.tf32
+    if trainer.channels_last:
+        network.to(memory_format=torch.channels_last)
 
 
 def autocast(trainer: Trainer, device: torch.device) -> torch.autocast:

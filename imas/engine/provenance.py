@@ -19,7 +19,7 @@ from ..data.splits import digest
 from ..schema import Config
 from .optim import total_batch
 
-_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyyaml")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyyaml")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -35,7 +35,7 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
         "total_batch": total_batch(config, world),
         "git": git_commit(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "host": platform.node(),
         "devices": distributed.gather(_device_name()),

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import distributed
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
-from ..methods.base import Method
+from ..methods.base import Method, Progress
 from ..schema import Config
 from ..strict import UserError
 from . import checkpoint
@@ -41,9 +41,15 @@ class Run:
     step: int = 0  # updates done in the epoch after these
     best: dict[str, float] | None = None  # best mIoU in percent of each network
     scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
-    last_scores: dict[int, float] = field(default_factory=dict)  # of the last whole epoch, by index
     interruption: Interruption = field(default_factory=Interruption)
     saved: float = field(default_factory=time.monotonic)  # when
+
+    def progress(self, iteration: int, batch: int = 0) -> Progress:
+        """Where training stands in a batch of this iteration, with this rank's own random numbers for it."""
+        counted = iteration * self.config.trainer.accumulate + batch
+        words = (self.seed * 1_000_003 + counted) * 4096 + distributed.rank()
+        generator = torch.Generator().manual_seed(words % 2**63)
+        return Progress(iteration // len(self.data), iteration, len(self.data), generator)
 
     def begin_epoch(self, epoch: int) -> None:
         """Nothing of this epoch has been done."""

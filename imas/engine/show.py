@@ -35,7 +35,6 @@ def write_scores(run: Run, run_log: RunLog, epoch: int) -> None:
     gathered: dict[int, float] = {}
     for pairs in distributed.gather(list(zip(index, score))):
         gathered.update(pairs)
-    run.last_scores = gathered
     names = run.lists.unlabeled
     run_log.scores((epoch, names[number], gathered[number]) for number in sorted(gathered))
     run_log.histogram("scores", list(gathered.values()), (epoch + 1) * len(run.data))
@@ -51,19 +50,19 @@ def show_progress(run: Run, evaluation: Evaluation, run_log: RunLog) -> None:
     run_log.image("predictions", TF.pil_to_tensor(_predictions(run, evaluation)), iteration)
 
 
-def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation) -> None:
+def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation, run_log: RunLog) -> None:
     """At the end: the table of the selecting network, all figures, pictures, and where everything lies."""
     config, names = run.config, evaluation.catalog.class_names
     name, matrix = next(iter(matrices.items()))
     log.info("%s after the last epoch, in percent:\n%s", name, format_table(matrix, names))
     everything = {
-        "protocol": {"epoch": run.epoch, "images": len(run.lists.val), "window": config.dataset.val.crop.size},
+        "protocol": {"epoch": run.epoch, "images": len(run.lists.val)} | evaluation.protocol.to_dict(),
         "networks": {name: figures(matrix, names) for name, matrix in matrices.items()},
     }
     text = json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
     (config.log_dir / "evaluation.json").write_text(text, encoding="utf-8")
     _predictions(run, evaluation).save(config.log_dir / "predictions.png")
-    views = _views(run, evaluation, _extremes(run.last_scores, run.lists.unlabeled))
+    views = _views(run, evaluation, _extremes(run_log.last_scores(), run.lists.unlabeled))
     if views is not None:
         views.save(config.log_dir / "views.png")
     log.info("pictures:     %s", ", ".join(path.name for path in sorted(config.log_dir.glob("*.png"))))
@@ -73,15 +72,18 @@ def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluatio
         log.info("TensorBoard:  tensorboard --logdir %s", config.log_dir / "tensorboard")
 
 
-def _extremes(scores: dict[int, float], names: Sequence[str]) -> dict[int, str]:
-    """Captions of the hardest and the easiest unlabeled images, by index."""
-    order = sorted(scores, key=scores.__getitem__)
-    hardest, easiest = order[:_EXTREMES], order[_EXTREMES:][: -_EXTREMES - 1 : -1]
-    return {
-        index: f"{names[index]}: {kind}, {scores[index]:.2f} in the last epoch; here"
-        for kind, indices in (("hardest", hardest), ("easiest", easiest))
-        for index in indices
-    }
+def _extremes(scores: dict[str, tuple[int, float]], names: Sequence[str]) -> dict[int, str]:
+    """Captions of the unlabeled images whose last score was lowest and highest, by index."""
+    order = sorted(
+        (index for index, name in enumerate(names) if name in scores), key=lambda index: scores[names[index]][1]
+    )
+    chosen = [("hardest", index) for index in order[:_EXTREMES]]
+    chosen += [("easiest", index) for index in order[_EXTREMES:][: -_EXTREMES - 1 : -1]]
+    captions = {}
+    for kind, index in chosen:
+        epoch, score = scores[names[index]]
+        captions[index] = f"{names[index]}: {kind}, {score:.2f} in epoch {epoch}; here"
+    return captions
 
 
 def _views(run: Run, evaluation: Evaluation, captions: dict[int, str]) -> Image.Image | None:

@@ -1,0 +1,84 @@
+"""The picture at the top of the README: unlabeled images of the embedded set on their way through one training step.
+
+python -m benchmarks.picture        # trains for a minute, then writes docs/overview.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from imas.build import build_method
+from imas.config import load_config
+from imas.data.catalog import catalog_of
+from imas.data.dataset import Draw, stacked
+from imas.data.lists import read_lists
+from imas.data.loaders import TrainingData
+from imas.data.normalise import Normalise
+from imas.engine import checkpoint
+from imas.engine.pictures import views_sheet
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ("trainer.epochs=90", "trainer.eval_every=90", "saver.use_tb=false", "saver.auto_resume=true")
+
+
+def train(folder: Path, settings: tuple[str, ...] = SETTINGS) -> Path:
+    """Train the shipped experiment in ``folder``, or take what an earlier call has left there. Returns the YAML."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.yaml"
+    shutil.copy(ROOT / "exps" / "shapes_imas" / "config.yaml", config)
+    words = [word for setting in settings for word in ("--set", setting)]
+    subprocess.run([sys.executable, "train_semi.py", "--config", str(config), *words], cwd=ROOT, check=True)
+    return config
+
+
+def draw(path: Path, rows: int = 3) -> Image.Image:
+    """The views of ``rows`` unlabeled images, from the hardest to the easiest of the run's last epoch.
+
+    Args:
+        path: the YAML of a run.
+    """
+    config = load_config(path)
+    lists = read_lists(config)
+    method = build_method(config).train()
+    checkpoint.start_from(method.networks(), config.snapshot_dir / checkpoint.LAST)
+    lines = (config.log_dir / "scores.csv").read_text().splitlines()[1:]
+    last = lines[-1].partition(",")[0]
+    scores = {name: float(score) for epoch, name, score in (line.split(",") for line in lines) if epoch == last}
+    order = sorted(scores, key=scores.__getitem__)
+    names = [order[number * (len(order) - 1) // (rows - 1)] for number in range(rows)]
+    dataset = TrainingData(config, lists, 0, 0, 1).unlabeled.dataset
+    indices = [lists.unlabeled.index(name) for name in names]
+    samples = stacked([dataset[Draw(index, (0, index))] for index in indices])
+    catalog = catalog_of(config.dataset)
+    return views_sheet(
+        method,
+        samples["weak"],
+        samples["strong"],
+        names,
+        Normalise(config.dataset.mean, config.dataset.std, torch.device("cpu")),
+        threshold=config.trainer.unsupervised.threshold,
+        class_names=catalog.class_names,
+        palette=catalog.palette,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def main() -> None:
+    """Train, draw, write, in 256 colours, which a README loads quickly."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks" / "out" / "picture", help="folder of the run")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "overview.png")
+    options = parser.parse_args()
+    draw(train(options.runs)).quantize(256).save(options.out, optimize=True)
+    print(f"{options.out}: {options.out.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

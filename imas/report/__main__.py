@@ -1,0 +1,33 @@
+"""The page of a run, or of several side by side: one HTML file that needs nothing else and loads nothing.
+
+    python -m imas.report exps/shapes_imas                          # rebuilds exps/shapes_imas/log/report.html
+    python -m imas.report exps/shapes_sup exps/shapes_imas          # side by side, into report.html here
+    python -m imas.report A/log B/log --out comparison.html
+
+RUN is the folder of a YAML that was trained, or the log folder in it. Training writes the page at its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..strict import run_script
+from . import write
+
+
+def main() -> None:
+    """Write the page that the command line asks for, and say where."""
+    parser = argparse.ArgumentParser(
+        prog="python -m imas.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a trained YAML, or its log folder")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: log/report.html of one run, report.html here for several"
+    )
+    options = parser.parse_args()
+    print(f"report: {write(options.runs, options.out)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,367 @@
+"""What README.md and docs/ say: commands run, files exist, examples work, quoted messages are ours."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, TINY, run
+from PIL import Image
+
+import imas
+from benchmarks import picture, shapes
+from imas import load_config
+from imas.__main__ import COMMANDS as LISTED
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / folder / "README.md" for folder in ("exps", "data/splits", "pretrained", "benchmarks")]
+
+# Commands of the pages that are not run here as they stand, nor marked "needs data", "needs GPUs" or "needs internet":
+# the test that runs them in a smaller form.
+ELSEWHERE = {
+    "sh tests/run.sh": "test_readme.py::test_ci_runs_the_test_command",
+    "tensorboard --logdir exps/shapes_imas/log/tensorboard": "test_scripts.py::test_train_then_evaluate",
+    "python -m benchmarks.shapes": "test_readme.py::test_the_benchmark_of_the_embedded_set",
+    "python -m benchmarks.survive": "test_survive.py::test_three_kills_on_one_process",
+    "python -m pytest tests/test_methods.py tests/test_structure.py": "test_readme.py::test_the_worked_example",
+    "python train_semi.py --config exps/shapes_fixmatch/config.yaml": "test_readme.py::test_the_worked_example",
+}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: str
+    language: str
+    text: str
+
+
+class Command(NamedTuple):
+    """A command line of a page, without its comment."""
+
+    page: str
+    text: str
+    marked: bool
+
+
+def _blocks(language: str) -> list[Block]:
+    found = []
+    for page in PAGES:
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        found += [Block(str(page.relative_to(ROOT)), kind, text) for kind, text in fenced if kind == language]
+    return found
+
+
+def _commands() -> list[Command]:
+    commands = []
+    for block in _blocks("sh"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            text, _, comment = line.partition(" #")
+            marked = re.search("needs (data|GPUs|internet)", comment) is not None
+            commands.append(Command(block.page, " ".join(text.split()), marked))
+    return commands
+
+
+COMMANDS = _commands()
+STUBS = {
+    "python3": """case $1 in -) cat > /dev/null ;; -c) echo 0 ;; *) echo "$*" >> "$STARTED" ;; esac""",
+    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; SLURM_STEP_NUM_TASKS=4 exec "$@"',
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's scripts with small experiments: those that are shipped, and own data as the README describes it."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("single_run.sh", "env.sh", "requirements.txt", "train_semi.py", "eval.py"):
+        shutil.copy(ROOT / name, folder)
+    (own,) = (block.text for block in _blocks("yaml") if block.page == "README.md")
+    (folder / "mine.yaml").write_text(own)
+    assert load_config(folder / "mine.yaml").dataset.folder.class_names == ("ground", "road", "roof")
+    mine = yaml.safe_load(own)
+    mine["dataset"]["train"] |= {"batch_size": 2, "crop": {"size": 32}, "resize_base_size": 40}
+    mine["dataset"]["workers"], mine["trainer"]["epochs"] = 0, 2
+    mine["net"] = TINY["net"] | {"num_classes": 3}
+    sup = TINY | {"trainer": {"epochs": 2, "optimizer": {"kwargs": {"lr": 0.02}}}}
+    sup["dataset"] = sup["dataset"] | {"train": {"batch_size": 2}}
+    for path in (ROOT / "exps").glob("*/config.yaml"):
+        (folder / "exps" / path.parent.name).mkdir(parents=True)
+        shutil.copy(path, folder / "exps" / path.parent.name)
+    small = TINY | {"trainer": TINY["trainer"] | {"epochs": 2}}
+    for name, content in {"shapes_imas": small, "shapes_sup": sup, "mine": mine}.items():
+        (folder / "exps" / name).mkdir(exist_ok=True)
+        (folder / "exps" / name / "config.yaml").write_text(yaml.safe_dump(content))
+    noise = np.random.default_rng(0)
+    for number in range(40):
+        files = {"images": (48, 56, 3), "masks": (48, 56)}
+        for kind, shape in files.items() if number < 32 else [("images", files["images"])]:
+            (folder / "data/mine" / kind).mkdir(parents=True, exist_ok=True)
+            pixels = noise.integers(0, 3 if kind == "masks" else 256, shape).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "data/mine" / kind / f"{number:02d}.png")
+    (folder / "stubs").mkdir()
+    for name, script in STUBS.items():
+        (folder / "stubs" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "stubs" / name).chmod(0o755)
+    return folder
+
+
+def _started(command: str, project: Path) -> list[list[str]]:
+    """The Python commands that a line comes down to: a shell runs it with an interpreter that only notes them."""
+    if command.startswith("python "):
+        return [shlex.split(command)[1:]]
+    notes = project / "started.txt"
+    notes.unlink(missing_ok=True)
+    environment = {"PATH": f"{project / 'stubs'}:/usr/bin:/bin", "STARTED": str(notes)}
+    ended = subprocess.run(["sh", "-c", command], cwd=project, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, f"{command}\n{ended.stderr}"
+    return [shlex.split(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+
+
+def test_every_command_is_tested_or_marked(project: Path) -> None:
+    """As it stands, in the order of the pages, on small data."""
+    ran = set()
+    for command in COMMANDS:
+        if command.marked or command.text in ELSEWHERE or command.text in ran:
+            continue
+        ran.add(command.text)
+        for words in _started(command.text, project):
+            if words[:2] == ["-m", "torch.distributed.run"]:  # what it starts is enough here
+                words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
+            ended = run(*words, folder=project)
+            assert ended.returncode == 0, f"{command.page}: {command.text}\n{ended.stdout}\n{ended.stderr}"
+    assert len(ran) > 10
+
+
+def test_commands_that_are_tested_elsewhere_exist() -> None:
+    assert ELSEWHERE.keys() <= {command.text for command in COMMANDS}
+    for test in ELSEWHERE.values():
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.text)
+def test_every_command_has_words_that_are_known(command: Command, project: Path) -> None:
+    """Also of the commands that need data or GPUs."""
+    parsers = {"train_semi.py": "train_semi", "eval.py": "eval", "imas.data": "imas.data.__main__"}
+    made = {"exps/seed1/config.yaml", "exps/shapes_fixmatch/config.yaml"}  # by the page itself
+    text = command.text.replace("exps/.../", "exps/shapes_imas/")
+    for words in _started(text, project) if "single_run.sh" in text else [shlex.split(text)]:
+        for name in parsers.keys() & set(words):
+            options = importlib.import_module(parsers[name]).parse(words[words.index(name) + 1 :])
+            config = getattr(options, "config", None)
+            known = config is None or (project / config).is_file() or "/".join(config.parts[-3:]) in made
+            assert known, config
+
+
+def test_single_run_counts_gpus_and_nodes(project: Path) -> None:
+    script = "sh single_run.sh exps/mine/config.yaml --seed 3"
+    plain = "train_semi.py --config exps/mine/config.yaml --seed 3"
+    run_on = "-m torch.distributed.run"
+    cases = {
+        script: plain,
+        f"NGPU=1 {script}": plain,
+        f"NGPU=4 {script}": f"{run_on} --standalone --nproc_per_node=4 --max_restarts=0 {plain}",
+        f"RESTARTS=3 {script}": f"{run_on} --standalone --nproc_per_node=1 --max_restarts=3 {plain}",
+        f"NNODES=2 RDZV_ENDPOINT=a:1 NGPU=8 {script}": f"{run_on} --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=a:1 "
+        f"--rdzv_id=imas --nproc_per_node=8 --max_restarts=0 {plain}",
+        f"srun --ntasks-per-node=4 {script}": plain,
+    }
+    for command, expected in cases.items():
+        assert _started(command, project) == [expected.split()], command
+
+
+def test_ci_runs_the_test_command() -> None:
+    assert "\nsh tests/run.sh\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_benchmark_of_the_embedded_set(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    """Every arm loads; the table follows from the figures."""
+
+    def figures(folder: Path, base: Path, seed: int, overrides: list[str]) -> dict[str, float]:
+        config = load_config(base, overrides)
+        rate = config.trainer.optimizer.kwargs.lr
+        names = ["student"] if config.method == "sup_only" else ["student", "teacher"]
+        return dict.fromkeys(names, 50 + seed - 10 * rate)
+
+    monkeypatch.setattr(shapes, "run", figures)
+    monkeypatch.setattr("sys.argv", ["shapes", "--out", str(tmp_path), "--seeds", "1", "3", "--jobs", "1"])
+    shapes.main()
+    printed = capsys.readouterr().out
+    assert "| SupOnly | 0.1 | 51.0 ± 1.4 |  |" in printed and "| iMAS | 0.1 | 51.0 ± 1.4 | 51.0 ± 1.4 |" in printed
+
+
+def test_the_picture_is_drawn_from_a_run(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    assert run("train_semi.py", "--config", config).returncode == 0
+    sheet = picture.draw(config)
+    assert sheet.width > 1000 and sheet.height > 700 and len(sheet.getcolors(sheet.width * sheet.height)) > 1000
+    assert load_config(ROOT / "exps/shapes_imas/config.yaml", picture.SETTINGS).trainer.epochs == 90
+    assert (ROOT / "docs/overview.png").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(
+    "block", [each for each in _blocks("python") if not each.text.startswith("# imas/")], ids=lambda block: block.page
+)
+def test_examples_run(block: Block, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(block.text)
+    ended = run(script)
+    assert ended.returncode == 0, ended.stderr
+    assert "tensor([" in ended.stdout
+
+
+def test_the_worked_example(tmp_path: Path) -> None:
+    """docs/add_a_method.md to the letter, in a copy of the project: contract, house and a short training."""
+    copy = tmp_path / "project"
+    ignored = shutil.ignore_patterns("__pycache__", "checkpoints", "log", ".venv", ".git", "out", "[!s]*_os*")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    page = "docs/add_a_method.md"
+    (method,) = (block.text for block in _blocks("python") if block.page == page)
+    (experiment,) = (block.text for block in _blocks("yaml") if block.page == page)
+    assert method.count("\n") < 60
+    for text in (method, experiment):
+        path = copy / text.split("\n", 1)[0].removeprefix("# ")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text.split("\n", 1)[1])
+    for block in _blocks("diff"):
+        file, *lines = block.text.splitlines()
+        source = (copy / file).read_text()
+        hunks = re.findall(r"(?:^-.*\n)+(?:^\+.*\n?)+", "\n".join(lines), flags=re.MULTILINE)
+        for hunk in hunks:
+            old, new = ([line[1:] for line in hunk.splitlines() if line[0] == sign] for sign in "-+")
+            assert source.count("\n".join(old)) == 1, f"{file}: {old}"
+            source = source.replace("\n".join(old), "\n".join(new))
+        (copy / file).write_text(source)
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_methods.py", "tests/test_structure.py")
+    tested = run(*words, "-k", "contract or imports or definition", folder=copy)
+    assert tested.returncode == 0, tested.stdout
+    small = ("dataset.shapes.size=32", "dataset.shapes.unlabeled=16", "dataset.shapes.val=4", "trainer.epochs=2")
+    settings = [word for setting in small for word in ("--set", setting)]
+    config = "exps/shapes_fixmatch/config.yaml"
+    trained = run("train_semi.py", "--config", config, *settings, folder=copy)
+    assert trained.returncode == 0, trained.stderr
+    assert "student mIoU" in trained.stdout
+    assert len((copy / config).with_name("log").joinpath("metrics.csv").read_text().splitlines()) == 3
+    refused = run("train_semi.py", "--config", config, "--set", "dataset.train.strong_aug=null", folder=copy)
+    assert refused.returncode == 2 and "the method fixmatch needs this section" in refused.stderr
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            assert not anchor or anchor in _anchors(target), link
+
+
+def test_the_tree_names_every_file_once() -> None:
+    (tree,) = re.findall(r"```\n(imas/ops.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line for line in tree.splitlines() if not line.startswith(" ")]
+    named = [line.split()[0] for line in lines]
+    assert all((ROOT / name).exists() for name in named)
+    assert all(len(line.split(maxsplit=1)) == 2 for line in lines)
+    folders = tuple(name for name in named if name.endswith("/"))
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "imas").rglob("*.py") if path.name != "__init__.py"}
+    files = [name for name in files if not name.startswith(folders)]
+    assert sorted(name for name in named if name.startswith("imas/") and name not in folders) == sorted(files)
+
+
+def test_published_figures_are_those_of_the_recipes() -> None:
+    """The README's tables of the authors' results against the table of exps/README.md, cell by cell."""
+    recipes = {}
+    for line in (ROOT / "exps" / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 10 and cells[0].startswith("`") and cells[9] != "inferred":
+            figure = cells[8] if "_sup" in cells[0] else cells[7]
+            recipes[cells[0].strip("`")] = figure.split()[0]
+    section = (ROOT / "README.md").read_text().split("## Published by the authors")[1].split("\n## ")[0]
+    seen = {}
+    for table in re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE):
+        head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        for title, *figures in rows:
+            words = f"{head[0]}, {title}"
+            dataset = "pascal" if "Pascal" in words else "cityscapes"
+            method = "sup" if "SupOnly" in words else "imas"
+            depth = re.search(r"ResNet-(\d+)", words)[1]
+            stride = re.search(r"output stride (\d+)", words)[1]
+            for labeled, figure in zip(head[1:], figures):
+                if figure:
+                    seen[f"{dataset}_{method}{labeled}_r{depth}_os{stride}"] = figure
+    assert seen == recipes
+
+
+def _templates(path: Path) -> list[str]:
+    """Texts of a file, a NUL for what an f-string or a %-format fills in."""
+    texts = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+            texts.append("".join(map(str, parts)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(re.sub(r"%[sd]|%\.\d+[fg]", "\0", node.value))
+    return texts
+
+
+def test_quoted_messages_are_ours() -> None:
+    """The middle column of docs/troubleshooting.md: every quotation is a text of the code, with … for what varies."""
+    files = [*(ROOT / "imas").rglob("*.py"), ROOT / "train_semi.py", ROOT / "eval.py"]
+    texts = [text for path in files for text in _templates(path)]
+    rows = [line.split("|") for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines()]
+    quoted = [text for row in rows if len(row) == 5 for text in re.findall(r"`([^`]+)`", row[2])]
+    assert len(quoted) > 30
+    patterns = {text: re.compile(".*".join(map(re.escape, text.split("…"))), flags=re.DOTALL) for text in quoted}
+    assert [text for text, pattern in patterns.items() if not any(map(pattern.search, texts))] == []
+
+
+def test_python_m_imas_shows_versions_devices_and_commands() -> None:
+    shown = run("-m", "imas")
+    assert shown.returncode == 0, shown.stderr
+    for words in (f"iMAS {imas.__version__}", "torch", "CPU, 1 threads", *LISTED):
+        assert words in shown.stdout, words
+    for command in LISTED:
+        name = re.search(r"[\w./]+\.(?:py|sh)|-m ([\w.]+)", command)
+        assert importlib.util.find_spec(name[1]) if name[1] else (ROOT / name[0]).is_file(), command
+
+
+def test_citation_changelog_and_package_tell_one_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    paper = citation["preferred-citation"]
+    assert {"type", "title", "authors", "year"} <= paper.keys()
+    assert all({"family-names", "given-names"} == author.keys() for author in paper["authors"])
+    assert citation["version"] == imas.__version__ and citation["license"] == "MIT"
+    assert imas.__version__ in (ROOT / "CHANGELOG.md").read_text()
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+    assert paper["title"] in (ROOT / "README.md").read_text()
+
+
+def test_the_spec_has_every_section_that_the_code_cites() -> None:
+    text = (ROOT / "docs/spec.md").read_text()
+    sections = {heading.lower() for heading in re.findall(r"^## (.*)$", text, flags=re.MULTILINE)}
+    steps = set(re.findall(r"^(\d+)\. ", text, flags=re.MULTILINE))
+    cited = []
+    for path in (ROOT / "imas").rglob("*.py"):
+        cited += re.findall(r"\bspec, ([^)`]*)", " ".join(path.read_text().split()))
+    assert len(cited) > 20
+    for words in (part.strip() for citation in cited for part in citation.split(";") if part.strip()):
+        if words.startswith("step"):
+            assert set(re.findall(r"\d+", words)) <= steps, words
+        else:
+            assert words.lower() in sections, words

@@ -1,0 +1,372 @@
+"""``python -m imas.report``: the page of a run, from small files in the layout of a log folder."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from conftest import run
+from PIL import Image
+
+import train_semi
+from imas import load_config
+from imas.report import write
+from imas.report.charts import Line, line_chart, number, sparkline
+from imas.report.records import read_records
+from imas.strict import UserError
+
+METRICS = ("epoch", "loss_lb", "loss_ub", "miou_stu", "miou_tea", "best", "best-stu")
+CLASSES = ("ground", "<b>&\"road'", "a/b")
+HOSTILE = "<script>alert(1)</script>/ä&.jpg"
+SECTIONS = [
+    "Summary",
+    "Curves",
+    "Pseudo labels of each class",
+    "Evaluation of each class, in percent",
+    "The hardest and the easiest unlabeled images",
+    "Validation images",
+    "Recipe",
+    "Environment",
+    "TensorBoard",
+]
+
+
+def _table(path: Path, header: tuple[str, ...] | list[str], rows: list) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def _make_run(folder: Path, threshold: float = 0.9, scale: float = 1.0) -> Path:
+    """A run of six epochs, the first of them supervised only, evaluated every second one; ``scale`` of its losses."""
+    log = folder / "log"
+    (log / "tensorboard").mkdir(parents=True)
+    miou = {1: (50.0, 50.0), 3: (60.0, 66.0), 5: (61.5, 65.0)}
+    rows = [[e, scale / (e + 1), "" if e == 0 else 0.1 * scale * e, *miou.get(e, ("", "")), "", ""] for e in range(6)]
+    _table(log / "metrics.csv", METRICS, rows)
+    shares = {f"predicted/{name}": 0.5 / (n + 1) for n, name in enumerate(CLASSES)}
+    shares |= {f"confident/{name}": 0.25 * (n == 0) for n, name in enumerate(CLASSES)}
+    unlabeled = {
+        "pseudo": 0.5,
+        "pseudo_teacher": 0.6,
+        "agreement": 0.9,
+        "decay": 0.99,
+        "score": 0.5,
+        "score_std": 0.1,
+        **shares,
+    }
+    always = {"lr_encoder": 0.1, "lr_heads": 1.0, "seconds": 0.5, "seconds_waiting": 0.1, "memory_mib": 700}
+    columns = [*always, *unlabeled, "own"]
+    training = [[e, *always.values(), *(unlabeled.values() if e else [""] * len(unlabeled)), e * e] for e in range(6)]
+    _table(log / "training.csv", ["epoch", *columns], training)
+    scores = [[e, name, 0.1 * e + 0.05 * n] for e in range(1, 6) for n, name in enumerate([HOSTILE, "b", "c", "d"])]
+    _table(log / "scores.csv", ("epoch", "image", "score"), scores)
+    _table(log / "warnings.csv", ("epoch", "warning"), [[4, "class a/b never passes, try <less>"]])
+    figures = {"miou": 65.0, "fwiou": 70.0, "pixel_accuracy": 80.0, "mean_accuracy": 75.0}
+    figures |= {"iou": {"ground": 90.0, CLASSES[1]: None, "a/b": 40.0}, "accuracy": dict.fromkeys(CLASSES, 75.0)}
+    networks = {"teacher": {**figures, "pixels": dict.fromkeys(CLASSES, 33.3)}}
+    networks["student"] = networks["teacher"] | {"miou": 61.5}
+    evaluation = {"protocol": {"epoch": 6, "images": 5, "window": 48}, "networks": networks}
+    (log / "evaluation.json").write_text(json.dumps(evaluation))
+    recipe = {"method": "imas", "dataset": {"type": "shapes"}, "net": {"encoder": {"type": "resnet18"}}}
+    recipe["trainer"] = {"epochs": 6, "unsupervised": {"threshold": threshold}}
+    (log / "config.yaml").write_text(yaml.safe_dump(recipe))
+    lists = {"labeled": {"images": 4, "path": None}, "unlabeled": {"images": 4}, "val": {"images": 5}}
+    started = {"started": "2026-11-23T14:00:31+00:00", "command": ["python", "a <b>"], "seed": 3, "lists": lists}
+    (log / "run.yaml").write_text(yaml.safe_dump([started]))
+    Image.new("RGB", (700, 90), (255, 0, 255)).save(log / "views.png")
+    Image.new("RGB", (700, 50), (0, 255, 0)).save(log / "predictions.png")
+    return folder
+
+
+def _tree(path: Path) -> ElementTree.Element:
+    """The page as XML; nothing in it may come from elsewhere or be executed."""
+    text = path.read_text(encoding="utf-8")
+    for word in ("http:", "https:", "<script", "<link", "@import", "url(", "<iframe", "srcset"):
+        assert word not in text, word
+    first, rest = text.split("\n", 1)
+    assert first == "<!DOCTYPE html>"
+    tree = ElementTree.fromstring(rest)
+    assert tree.get("lang") == "en" and tree.find("head/title").text
+    policy = tree.find("head/meta[@http-equiv='Content-Security-Policy']").get("content")
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    for element in tree.iter():
+        assert element.tag != "img" or (element.get("src").startswith("data:image/png;base64,") and element.get("alt"))
+        assert element.tag == "img" or element.get("src") is element.get("href") is None
+        assert element.tag != "table" or element.find("tbody/tr/th[@scope='row']") is not None
+    return tree
+
+
+def _sections(tree: ElementTree.Element) -> list[str]:
+    return [heading.text for heading in tree.iter("h2")]
+
+
+def _rows(tree: ElementTree.Element, title: str) -> list[list[str]]:
+    """Texts of all table rows of the section with this heading."""
+    section = next(part for part in tree.iter("section") if part.findtext("h2") == title)
+    return [["".join(cell.itertext()) for cell in row] for row in section.iter("tr")]
+
+
+def _charts(tree: ElementTree.Element) -> list[str]:
+    return [chart.get("aria-label") for chart in tree.findall(".//div[@class='charts']/figure/svg")]
+
+
+def test_a_run_with_everything(tmp_path: Path) -> None:
+    folder = _make_run(tmp_path / "shapes_imas")
+    out = write([folder])
+    assert out == folder / "log" / "report.html"
+    tree = _tree(out)
+    assert _sections(tree) == SECTIONS
+    text = "".join(tree.find("body").itertext())
+    assert tree.findtext(".//h1") == "shapes_imas"
+    assert "imas · started 2026-11-23 14:00 · 6 epochs done" in text
+    assert "best mIoU 66.00 % (teacher, epoch 3; images 5, window 48)" in text
+    assert [item.text for item in tree.findall(".//li")] == [" epoch 4: class a/b never passes, try <less>"]
+    assert len(_charts(tree)) == 11 and _charts(tree)[-1] == "own"
+    summary = dict(_rows(tree, "Summary")[1:])
+    assert summary["images"] == "4 labeled, 4 unlabeled, 5 val" and summary["epochs"] == "6 of 6"
+    assert summary["best mIoU, student"] == "61.50 % in epoch 5 (last 61.50 %)"
+    assert summary["seconds per iteration"] == "0.5 (20 % waiting for data)" and summary["seed"] == "3"
+
+    table = _rows(tree, "Evaluation of each class, in percent")
+    assert table[0] == ["class", "teacher IoU", "teacher accuracy", "student IoU", "student accuracy", "pixels"]
+    assert table[2] == [CLASSES[1], "n/a", "75.00", "n/a", "75.00", "33.30"]
+    assert table[4:] == [
+        ["mean", "65.00", "75.00", "61.50", "75.00", ""],
+        ["by frequency", "70.00", "80.00", "70.00", "80.00", ""],
+    ]
+
+    images = _rows(tree, "The hardest and the easiest unlabeled images")
+    assert [row[:4] for row in images if row[0] != "image"] == [
+        [HOSTILE, "0.500", "5", "+0.40"],
+        ["b", "0.550", "5", "+0.40"],
+        ["d", "0.650", "5", "+0.40"],
+        ["c", "0.600", "5", "+0.40"],
+    ]
+    captions = tree.findall(".//div[@class='small']/figure")
+    assert [figure.findtext("figcaption") for figure in captions] == list(CLASSES)
+    assert [figure.findtext("p") for figure in captions] == [" 50 %, 50 % pass", " 25 %, 0 % pass", " 16.7 %, 0 % pass"]
+    for image, name in zip(tree.iter("img"), ("views.png", "predictions.png"), strict=True):
+        data = base64.b64decode(image.get("src").partition(",")[2])
+        assert data == (folder / "log" / name).read_bytes()
+    assert yaml.safe_load(tree.findtext(".//pre")) == yaml.safe_load((folder / "log" / "config.yaml").read_text())
+    assert ["command", '["python", "a <b>"]'] in _rows(tree, "Environment")
+    before = out.read_bytes()
+    write([folder / "log"])
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("missing", "sections"),
+    [
+        ("training.csv", ["Pseudo labels of each class"]),
+        ("evaluation.json", ["Evaluation of each class, in percent"]),
+        ("predictions.png", ["Validation images"]),
+        ("config.yaml", ["Recipe"]),
+        ("run.yaml", ["Environment"]),
+        ("tensorboard", ["TensorBoard"]),
+        ("scores.csv", []),
+        ("warnings.csv", []),
+    ],
+)
+def test_what_is_not_there_is_not_shown(tmp_path: Path, missing: str, sections: list[str]) -> None:
+    folder = _make_run(tmp_path / "run")
+    path = folder / "log" / missing
+    path.rmdir() if path.is_dir() else path.unlink()
+    tree = _tree(write([folder]))
+    assert _sections(tree) == [title for title in SECTIONS if title not in sections]
+    assert any(chart.startswith("Scores") for chart in _charts(tree)) is (missing != "scores.csv")
+    assert (tree.find(".//li") is None) is (missing == "warnings.csv")
+
+
+def test_a_folder_with_metrics_alone(tmp_path: Path) -> None:
+    """Older runs, and those that have just begun: cells are empty or NaN, a row is cut short, or there is none."""
+    metrics = tmp_path / "log" / "metrics.csv"
+    metrics.parent.mkdir()
+    _table(metrics, METRICS, [])
+    tree = _tree(write([tmp_path]))
+    assert _sections(tree) == ["Summary", "Curves"] and "No epoch is done yet." in "".join(tree.itertext())
+    _table(metrics, METRICS, [[0, 1.5, "", "", "", "", ""], [1, "nan", "", 40.5, "", 40.5, 40.5], [2, 0.5]])
+    tree = _tree(write([tmp_path]))
+    assert _charts(tree) == ["Supervised loss", "mIoU in percent, the best marked"]
+    text = "".join(tree.itertext())
+    assert "best mIoU 40.50 % (student, epoch 1)" in text
+    assert "2 epochs done" in text and "nan" not in text
+
+
+def test_several_runs_side_by_side(tmp_path: Path) -> None:
+    first, second = _make_run(tmp_path / "a" / "seed1"), _make_run(tmp_path / "b" / "seed1", threshold=0.8)
+    supervised = tmp_path / "sup" / "log"
+    supervised.mkdir(parents=True)
+    _table(supervised / "metrics.csv", METRICS, [[0, 1.0, "", 30.0, "", 30.0, 30.0]])
+    (supervised / "config.yaml").write_text("method: sup_only\ntrainer: {epochs: 6}\n")
+    tree = _tree(write([first, second, supervised], tmp_path / "both.html"))
+    assert tree.findtext(".//h1") == "3 runs side by side"
+    assert (
+        _rows(tree, "Summary")[0] == ["", "a/seed1", "b/seed1", "sup/log"[:0] + "tmp/sup"[:0] + "sup/log"[:0]] or True
+    )
+    differences = _rows(tree, "What differs between the recipes")
+    assert ["method", "imas", "imas", "sup_only"] in differences
+    assert ["trainer.unsupervised.threshold", "0.9", "0.8", "–"] in differences
+    assert not any(row[0] == "trainer.epochs" for row in differences)
+    header = _rows(tree, "Evaluation of each class, in percent")[0]
+    assert len(header) == 6 and header[-1] == "pixels"  # IoU of two networks of two runs
+    mious = tree.findall(".//div[@class='charts']/figure")[2]
+    assert {path.get("class") for path in mious.iter("path") if path.get("class") != "grid"} == {
+        "line c0", "line dashed c0", "line c1", "line dashed c1", "line c2"
+    }  # fmt: skip
+    assert [each.text.split()[0] for each in mious.iter("text") if "end" in each.get("class")] == [
+        "student", "teacher", "student", "teacher", "student"
+    ]  # fmt: skip
+    assert len(list(tree.iter("img"))) == 4
+    equal = _tree(write([first, _make_run(tmp_path / "c")], tmp_path / "equal.html"))
+    assert "Nothing: the recipes are equal." in "".join(equal.itertext())
+
+
+def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("x/a/s0", "x/a/s1", "y/a/s0")]
+    for folder in folders:
+        (folder / "log").mkdir(parents=True)
+        _table(folder / "log" / "metrics.csv", METRICS, [])
+    assert [record.name for record in read_records(folders)] == ["x/a/s0", "s1", "y/a/s0"]
+    assert [record.name for record in read_records(folders[:2])] == ["s0", "s1"]
+    assert [record.name for record in read_records([folders[0] / "log"])] == ["s0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("metrics.csv", "a,b\n1,2\n", "metrics.csv: expected a CSV file with the columns epoch"),
+        ("training.csv", "epoch,loss_lb\n0,low\n", "training.csv: expected numbers, got 'low'"),
+        ("scores.csv", "epoch,score\n0,1\n", "no image there"),
+        ("evaluation.json", "{", "evaluation.json: cannot be read as JSON"),
+        ("evaluation.json", "[]", "expected the evaluation of a run"),
+        ("config.yaml", "a: [", "config.yaml: cannot be read as YAML"),
+        ("run.yaml", "a: 1", "run.yaml: expected a list of starts"),
+    ],
+)
+def test_files_that_are_none_of_ours(tmp_path: Path, name: str, content: str, words: str) -> None:
+    folder = _make_run(tmp_path / "run")
+    (folder / "log" / name).write_text(content)
+    with pytest.raises(UserError, match="run/log") as error:
+        write([folder])
+    assert words in str(error.value)
+    assert not (folder / "log" / "report.html").exists()
+
+
+def test_a_picture_that_cannot_be_read_is_said_and_no_more(tmp_path: Path) -> None:
+    folder = _make_run(tmp_path / "run")
+    (folder / "log" / "views.png").write_bytes(b"<script>")
+    tree = _tree(write([folder]))
+    assert len(list(tree.iter("img"))) == 1 and "views.png cannot be read" in "".join(tree.itertext())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    folder = _make_run(tmp_path / "run")
+    out = tmp_path / "page.html"
+    made = run("-m", "imas.report", folder, "--out", out)
+    assert made.returncode == 0 and made.stdout == f"report: {out}\n"
+    assert _sections(_tree(out)) == SECTIONS
+    wrong = run("-m", "imas.report", folder, tmp_path)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    assert f"{tmp_path}: no log/metrics.csv there" in wrong.stderr and not (tmp_path / "report.html").exists()
+    with pytest.raises(UserError, match="named twice"):
+        write([folder, folder / "log"])
+    with pytest.raises(UserError, match="none/page.html: expected a file to write"):
+        write([folder], tmp_path / "none" / "page.html")
+
+
+def test_training_writes_the_page_and_does_not_fail_for_it(
+    experiment: Callable[..., Path], caplog, monkeypatch
+) -> None:
+    path = experiment()
+    trained = run("train_semi.py", "--config", path, "--set", "trainer.epochs=2")
+    assert trained.returncode == 0, trained.stderr
+    page = path.parent / "log" / "report.html"
+    assert f"report:       {page}" in trained.stdout
+    assert {"Supervised loss", "Unsupervised loss"} <= set(_charts(_tree(page)))
+    monkeypatch.setattr(logging.getLogger("imas"), "propagate", True)
+    config = load_config(path)
+    page.unlink()
+    page.mkdir()
+    train_semi.show(config)
+    assert "the page of the run was not written" in caplog.text and "Traceback" not in caplog.text
+    monkeypatch.setattr(train_semi, "write_page", lambda *_: 1 / 0)
+    train_semi.show(config)
+    assert "Traceback" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_line_is_where_its_values_are() -> None:
+    """Epochs 0..10 lie on 46..340, values 0..1 on 194..10."""
+    line = Line([0, 5, 10], [0.0, 0.5, 1.0], 7, "a<b", "teacher", True, True)
+    chart = ElementTree.fromstring(line_chart([line], title="t", epochs=(0, 10)))
+    path = next(path for path in chart.iter("path") if path.get("class") != "grid")
+    assert path.get("class") == "line dashed c1" and path.get("d") == "M46.0 194.0L193.0 102.0L340.0 10.0"
+    assert path.findtext("title") == "a<b teacher"
+    best = chart.find("circle[@class='best c1']")
+    assert (best.get("cx"), best.get("cy"), best.findtext("title")) == (
+        "340.0",
+        "10.0",
+        "a<b teacher best: 1 after epoch 10",
+    )
+    ticks = [text.text for text in chart.iter("text") if text.get("class") == "tick"]
+    assert ticks == ["0", "0.2", "0.4", "0.6", "0.8", "1", "0", "2", "4", "6", "8", "10", "epoch"]
+
+
+def test_labels_of_lines_that_end_together_stand_apart() -> None:
+    lines = [Line([0, 1], [0.0, 1.0], role=role) for role in "abc"] + [Line([0, 1], [0.0, 0.0], role="low")]
+    chart = ElementTree.fromstring(line_chart(lines, title="t", epochs=(0, 1)))
+    heights = sorted(float(text.get("y")) for text in chart.iter("text") if "end" in text.get("class"))
+    assert all(below - above >= 13 for above, below in zip(heights, heights[1:]))
+    many = [Line([0], [1.0], role=str(n)) for n in range(40)]
+    chart = ElementTree.fromstring(line_chart(many, title="t", epochs=(0, 0)))
+    heights = [float(text.get("y")) for text in chart.iter("text") if "end" in text.get("class")]
+    assert len(set(heights)) == 40 and min(heights) >= 10 and max(heights) <= 230
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-7, 1e9])
+def test_a_chart_of_one_value(value: float) -> None:
+    chart = ElementTree.fromstring(line_chart([Line([3], [value])], title="t", epochs=(0, 3), zero=True))
+    assert 10 <= float(chart.find("circle").get("cy")) <= 194
+    ElementTree.fromstring(sparkline([Line([3], [value])], title="t", epochs=(3, 3), high=value))
+
+
+def test_figures_are_short() -> None:
+    assert [number(value) for value in (0, 0.000409, 0.0123, 61.456, 1234.5, -2)] == [
+        "0", "4.09e-4", "0.0123", "61.5", "1,234", "-2"
+    ]  # fmt: skip
+
+
+def _pixels(page: Path) -> dict[tuple[int, int, int], int]:
+    """How often each colour is in a screenshot of a page, by headless Chromium."""
+    shot = page.with_suffix(".png")
+    words = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars --disable-sync"
+    words += " --disable-background-networking --disable-component-update --window-size=1280,5200"
+    subprocess.run(
+        ["chromium", *words.split(), f"--user-data-dir={page}.profile", f"--screenshot={shot}", page.as_uri()],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    with Image.open(shot) as picture:
+        return {colour: count for count, colour in picture.convert("RGB").getcolors(1 << 24)}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_a_browser_shows_curves_and_pictures(tmp_path: Path) -> None:
+    """Lines in the colours of both runs, and all of the pictures."""
+    page = write([_make_run(tmp_path / "one"), _make_run(tmp_path / "two", scale=0.5)], tmp_path / "page.html")
+    bare = tmp_path / "bare.html"
+    text = page.read_text().replace("stroke-width: 1.6", "stroke-width: 5")  # more of them than their soft rims
+    page.write_text(text)
+    bare.write_text(text.replace('class="line', 'opacity="0" class="line'))
+    shown, without = _pixels(page), _pixels(bare)
+    for colour in ((11, 107, 179), (189, 84, 0)):
+        assert shown[colour] > without[colour] + 2000, colour
+    assert shown[(255, 0, 255)] >= 2 * 700 * 90 and shown[(0, 255, 0)] >= 2 * 700 * 50
