@@ -8,6 +8,7 @@ from pathlib import Path
 import golden
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from imas import ConfusionMatrix, build_model, poly_lr, predict_sliding
@@ -19,7 +20,7 @@ from imas.engine.evaluate import evaluate, figures, format_table
 from imas.engine.log import RunLog
 from imas.engine.meter import Meter, NonFiniteLoss
 from imas.engine.optim import build_optimizer, cosine_lr, learning_rate
-from imas.engine.pictures import prediction_sheet
+from imas.engine.pictures import _fitted, prediction_sheet
 from imas.engine.sliding import Predictor, Protocol
 from imas.schema import Optimizer, OptimizerKwargs, Scheduler, SchedulerKwargs
 from imas.strict import UserError
@@ -224,8 +225,13 @@ def test_prediction_sheet_shows_every_network() -> None:
             return logits
 
     sheet = prediction_sheet(
-        {"teacher": Always(1), "student": Always(3)}, dataset, lambda images: images / 255.0, crop=40,
-        class_names=("a", "b", "c", "d"), palette=((0, 0, 0), red, (0, 255, 0), blue), device=torch.device("cpu"),
+        {"teacher": Always(1), "student": Always(3)}, dataset, lambda images: images / 255.0,
+        predictor=Predictor(Protocol(40), torch.device("cpu")),
+        class_names=("a", "b", "c", "d"), palette=((0, 0, 0), red, (0, 255, 0), blue),
     )  # fmt: skip
     assert sheet.getpixel((2 * 260 + 100, 150)) == red
     assert sheet.getpixel((3 * 260 + 100, 150)) == blue
+
+
+def test_a_tile_is_at_least_a_pixel_high() -> None:
+    assert _fitted(Image.new("RGB", (2000, 1))).size == (256, 1)

@@ -14,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import train_semi
 from imas.config import load_config
 from imas.data.normalise import Normalise
 from imas.engine.health import Health
@@ -46,7 +47,7 @@ def health(experiment: Callable[..., Path]) -> Callable[..., Health]:
         ({"agreement": 0.4}, "agreed on less than half of all pixels for 5 epochs (40 % in this one)"),
         ({"confident/roof": 0.0}, "no pixel of roof has passed the threshold for 5 epochs"),
         ({"confident/roof": 0.0, "confident/road": 0.0}, "no pixel of road, roof has passed"),
-        ({"predicted/ground": 0.79, "predicted/road": 0.2, "predicted/roof": 0.01}, "collapsed onto ground: of roof"),
+        ({"predicted/ground": 0.795, "predicted/road": 0.2, "predicted/roof": 0.005}, "collapsed onto ground: of roof"),
     ],
 )
 def test_each_thing_is_said_once_when_it_has_lasted(health, changes: dict, words: str) -> None:
@@ -75,6 +76,15 @@ def test_warm_up_has_no_scores_to_judge(health) -> None:
     patient = health()
     for _ in range(LASTING):
         assert patient.look({"seconds": 1.0, "seconds_waiting": 0.0}) == []
+
+
+def test_rows_of_other_methods_and_of_crops_without_labels_are_no_mistake(health) -> None:
+    patient = health()
+    unlabeled = HEALTHY | {f"labeled/{name}": 0.0 for name in CLASSES}
+    for row in (
+        [{"score": 0.5, "seconds": 1.0, "seconds_waiting": 0.0}] * LASTING + [{}] * LASTING + [unlabeled] * LASTING
+    ):
+        assert patient.look(row) == []
 
 
 def test_a_run_that_goes_on_does_not_repeat_itself(health) -> None:
@@ -130,6 +140,18 @@ def test_a_collapsing_run_says_so_and_shows_itself(experiment: Callable[..., Pat
     wanted = {"loss_lb", "loss_ub", "pseudo", "pseudo_teacher", "score", "score_std", "agreement", "decay", "seconds"}
     wanted |= {"seconds_waiting", "memory_mib", "lr_encoder", "lr_heads", "confident/dots", "epoch/miou_tea"}
     assert wanted <= set(events.Tags()["scalars"])
+
+
+def test_a_run_is_not_lost_for_want_of_a_picture(experiment: Callable[..., Path], monkeypatch, capsys) -> None:
+    def broken(*_, **__):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr("imas.engine.show.prediction_sheet", broken)
+    config = experiment()
+    train_semi.main(["--config", str(config), "--set", "trainer.epochs=2"])
+    log = config.parent / "log"
+    assert (log / "report.html").is_file() and not (log / "predictions.png").exists()
+    assert "pictures could not be drawn; the run itself is whole" in capsys.readouterr().out
 
 
 def test_rows_of_a_cut_off_epoch_are_forgotten(tmp_path: Path) -> None:

@@ -296,3 +296,13 @@ def test_shares_of_classes() -> None:
     assert predicted.tolist() == [2 / 8, 2 / 8, 4 / 8, 0]
     label[0, 0] = 255
     assert label_shares(label, 4).tolist() == [1 / 8, 1 / 8, 4 / 8, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_counting_leaves_its_arguments_as_they_are(dtype: torch.dtype) -> None:
+    target = torch.tensor([0, 18, 255, 11], dtype=dtype)
+    prediction, before = torch.tensor([0, 1, 15, 15]), target.clone()
+    matrix = ConfusionMatrix(19)
+    matrix.update(prediction, target)
+    assert torch.equal(target, before)
+    assert matrix.counts.nonzero().tolist() == [[0, 0], [11, 15], [18, 1]] and matrix.counts.sum() == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -213,6 +214,19 @@ def test_fused_sgd_is_the_textbooks(tiny) -> None:
         expected = expected - options.kwargs.lr * momentum
         optimizer.step()
         torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_an_update_that_float16_skips_leaves_no_momentum(tiny: Callable[..., Config]) -> None:
+    weight = nn.Parameter(golden.randn(1, 1000))
+    before = weight.detach().clone()
+    optimizer = build_optimizer([{"name": "encoder", "params": [weight]}], tiny().trainer.optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    for gradient in (math.inf, 0.0):
+        scaler.scale(torch.tensor(1.0))
+        weight.grad = torch.full_like(weight, gradient)
+        scaler.step(optimizer)
+        scaler.update()
+    assert torch.equal(weight.detach(), before)
 
 
 def test_a_float16_run_goes_on_bitwise_with_its_scale(experiment: Callable[..., Path]) -> None:

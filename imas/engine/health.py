@@ -13,7 +13,8 @@ _EPOCHS, _ITERATIONS = 5, 50  # something is told when it has lasted for both
 _LITTLE = 0.01
 _DISAGREEMENT = 0.5
 _WAITING = 0.3
-_LOST = 0.1
+_LOST = 0.05
+_SHARES = ("confident", "predicted", "labeled")
 
 
 class Health:
@@ -29,6 +30,7 @@ class Health:
         self.lasting = max(_EPOCHS, math.ceil(_ITERATIONS / length))  # epochs
         self.rows: list[Row] = []
         self.told: set[str] = set()
+        self._needed = {"score", "agreement", *(f"{kind}/{name}" for kind in _SHARES for name in class_names)}
         for row in rows:
             self.look(row)
 
@@ -38,7 +40,7 @@ class Health:
         if len(self.rows) < self.lasting:
             return []
         found = self._waiting()
-        if all("score" in each for each in self.rows):
+        if all(self._needed <= each.keys() for each in self.rows):
             found |= self._score() | self._agreement() | self._collapse() | self._silent_classes()
         new = {kind: warning for kind, warning in found.items() if kind not in self.told}
         self.told |= new.keys()
@@ -49,12 +51,12 @@ class Health:
 
     def _waiting(self) -> dict[str, str]:
         timed = [row for row in self.rows if "seconds" in row]  # not an epoch of which a resumed run found all done
-        share = sum(row["seconds_waiting"] for row in timed) / sum(row["seconds"] for row in timed)
-        if share <= _WAITING:
+        waited, passed = (sum(row[name] for row in timed) for name in ("seconds_waiting", "seconds"))
+        if waited <= _WAITING * passed:
             return {}
         workers = self.config.dataset.workers
         return {
-            "waiting": f"training waits for data {100 * share:.0f} % of the time: more dataset.workers (now "
+            "waiting": f"training waits for data {100 * waited / passed:.0f} % of the time: more dataset.workers (now "
             f"{workers}), dataset.cache: true or a faster disk may help"
         }
 
@@ -89,13 +91,15 @@ class Health:
             labeled = self._mean(f"labeled/{name}")
             if labeled > 0:
                 gained[name] = self._mean(f"predicted/{name}") / labeled
+        if not gained:
+            return {}
         onto = max(gained, key=gained.__getitem__)
         lost = [name for name in gained if name != onto and gained[name] < _LOST]
         if not lost or 2 * len(lost) < len(gained) - 1:
             return {}
         return {
             "collapse": f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than a "
-            f"tenth of what the labeled images hold, for {self.lasting} epochs. A longer trainer.sup_only_epoch, a "
+            f"twentieth of what the labeled images hold, for {self.lasting} epochs. A longer trainer.sup_only_epoch, a "
             "lower trainer.unsupervised.loss_weight or learning rate, or more labeled images may help"
         }
 

@@ -90,4 +90,9 @@ def build_optimizer(groups: list[dict], options: Optimizer, factor: float = 1.0)
         group["base_lr"] = group["lr"] = kwargs.lr * times * factor
     if options.type == "adam":
         return torch.optim.Adam(groups, weight_decay=kwargs.weight_decay)
-    return torch.optim.SGD(groups, momentum=kwargs.momentum, weight_decay=kwargs.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(groups, momentum=kwargs.momentum, weight_decay=kwargs.weight_decay, fused=True)
+    if kwargs.momentum > 0:  # as the first update would; but one that fp16 skips would leave it uninitialised
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer

@@ -13,7 +13,8 @@ from torchvision.transforms import functional as TF
 
 from ..data.normalise import Normalise
 from ..methods.base import Method
-from .evaluate import evaluating, predict_sliding
+from .evaluate import evaluating
+from .sliding import Predictor
 
 _TILE = 256  # longest side of a tile, in pixels
 _NO_CLASS = 255
@@ -29,10 +30,9 @@ def prediction_sheet(
     dataset: Dataset,
     normalise: Callable[[Tensor], Tensor],
     *,
-    crop: int,
+    predictor: Predictor,
     class_names: Sequence[str],
     palette: Sequence[tuple[int, int, int]],
-    device: torch.device,
     count: int = 6,
 ) -> Image.Image:
     """A row for each of the first validation images: image, truth, every network; classes named below.
@@ -45,9 +45,9 @@ def prediction_sheet(
         for index in range(min(count, len(dataset))):
             image, label = dataset[index]
             tiles = [TF.to_pil_image(image), coloured(label, palette)]
-            batch = normalise(image.unsqueeze(0).to(device))
+            batch = normalise(image.unsqueeze(0).to(predictor.device))
             for network in networks.values():
-                tiles.append(coloured(predict_sliding(network, batch, crop).argmax(dim=1)[0].cpu(), palette))
+                tiles.append(coloured(predictor(network, batch)[0].cpu().long(), palette))
             rows.append([_fitted(tile) for tile in tiles])
     return _sheet(["image", "truth", *networks], rows, class_names, palette)
 
@@ -113,7 +113,8 @@ def coloured(label: Tensor, palette: Sequence[tuple[int, int, int]]) -> Image.Im
 def _fitted(tile: Image.Image) -> Image.Image:
     """Enlarged or reduced, without smoothing, to the size of a tile."""
     scale = _TILE / max(tile.size)
-    return tile.resize((round(tile.width * scale), round(tile.height * scale)), Image.Resampling.NEAREST)
+    size = (max(1, round(side * scale)) for side in tile.size)
+    return tile.resize(tuple(size), Image.Resampling.NEAREST)
 
 
 def _sheet(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from . import checkpoint
 from .evaluate import Evaluation, figures, format_table
 from .log import RunLog
 from .pictures import prediction_sheet, views_sheet
+from .results import replacing
 from .run import Run
 
 log = logging.getLogger("imas")
@@ -44,10 +46,11 @@ def show_progress(run: Run, evaluation: Evaluation, run_log: RunLog) -> None:
     """Some unlabeled and some validation images, always the same, to TensorBoard."""
     iteration, pool = run.epoch * len(run.data), len(run.lists.unlabeled)
     chosen = sorted({number * pool // _HANDFUL for number in range(_HANDFUL)}) if pool else []
-    sheet = _views(run, evaluation, {index: run.lists.unlabeled[index] for index in chosen})
-    if sheet is not None:
-        run_log.image("views", TF.pil_to_tensor(sheet), iteration)
-    run_log.image("predictions", TF.pil_to_tensor(_predictions(run, evaluation)), iteration)
+    with _optional():
+        sheet = _views(run, evaluation, {index: run.lists.unlabeled[index] for index in chosen})
+        if sheet is not None:
+            run_log.image("views", TF.pil_to_tensor(sheet), iteration)
+        run_log.image("predictions", TF.pil_to_tensor(_predictions(run, evaluation)), iteration)
 
 
 def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation, run_log: RunLog) -> None:
@@ -59,12 +62,13 @@ def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluatio
         "protocol": {"epoch": run.epoch, "images": len(run.lists.val)} | evaluation.protocol.to_dict(),
         "networks": {name: figures(matrix, names) for name, matrix in matrices.items()},
     }
-    text = json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
-    (config.log_dir / "evaluation.json").write_text(text, encoding="utf-8")
-    _predictions(run, evaluation).save(config.log_dir / "predictions.png")
-    views = _views(run, evaluation, _extremes(run_log.last_scores(), run.lists.unlabeled))
-    if views is not None:
-        views.save(config.log_dir / "views.png")
+    with replacing(config.log_dir / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with _optional():
+        _predictions(run, evaluation).save(config.log_dir / "predictions.png")
+        views = _views(run, evaluation, _extremes(run_log.last_scores(), run.lists.unlabeled))
+        if views is not None:
+            views.save(config.log_dir / "views.png")
     log.info("pictures:     %s", ", ".join(path.name for path in sorted(config.log_dir.glob("*.png"))))
     log.info("checkpoints:  %s, %s", config.snapshot_dir / checkpoint.BEST, checkpoint.LAST)
     log.info("curves:       %s, training.csv, scores.csv", config.log_dir / "metrics.csv")
@@ -92,16 +96,17 @@ def _views(run: Run, evaluation: Evaluation, captions: dict[int, str]) -> Image.
         return None
     try:
         dataset = run.data.unlabeled.dataset
-        samples = stacked([dataset[Draw(index, (run.seed, _STREAM, index))] for index in captions])
+        drawn = [dataset[Draw(index, (run.seed, _STREAM, index))] for index in captions]
     except DataError as error:
         log.warning("no pictures of unlabeled images: %s", error)
         return None
-    unsupervised = run.config.trainer.unsupervised
+    captions = [captions.get(int(sample["index"]), "in the place of a broken image") for sample in drawn]
+    samples, unsupervised = stacked(drawn), run.config.trainer.unsupervised
     return views_sheet(
         run.method,
         samples["weak"].to(run.device),
         samples["strong"].to(run.device) if "strong" in samples else None,
-        list(captions.values()),
+        captions,
         evaluation.normalise,
         threshold=0.0 if unsupervised is None else unsupervised.threshold,
         class_names=evaluation.catalog.class_names,
@@ -115,8 +120,16 @@ def _predictions(run: Run, evaluation: Evaluation) -> Image.Image:
         run.method.networks(),
         evaluation.loader.dataset,
         evaluation.normalise,
-        crop=run.config.dataset.val.crop.size,
+        predictor=evaluation.predictor,
         class_names=evaluation.catalog.class_names,
         palette=evaluation.catalog.palette,
-        device=run.device,
     )
+
+
+@contextmanager
+def _optional() -> Iterator[None]:
+    """No run is lost for want of a picture."""
+    try:
+        yield
+    except Exception:
+        log.exception("pictures could not be drawn; the run itself is whole")

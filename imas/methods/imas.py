@@ -116,6 +116,7 @@ class IMAS(Method):
         student = predict(self.student.coarse(weak, aux=False)[0], size)
         self.student.train()
         teacher = predict(self.teacher.coarse(weak, aux=False)[0], size)
+        torch.clear_autocast_cache()  # torch 2.6 would train on weights that were cast here, without a gradient
         return student, teacher
 
     def blend(self, weak: Tensor, strong: Tensor | None, score: Tensor, generator: torch.Generator) -> Tensor | None:

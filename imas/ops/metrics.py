@@ -46,7 +46,7 @@ class ConfusionMatrix:
             raise ValueError(f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}: one shape needed")
         cells = self.num_classes**2
         for predicted, true in zip(prediction.flatten().split(_AT_ONCE), target.flatten().split(_AT_ONCE)):
-            index = true.int().mul_(self.num_classes).add_(predicted).masked_fill_(true == self.ignore_index, cells)
+            index = (true.int() * self.num_classes).add_(predicted).masked_fill_(true == self.ignore_index, cells)
             counts = torch.bincount(index.to(self.counts.device), minlength=cells + 1)[:cells]
             self.counts += counts.view_as(self.counts)
         if self.boundary is not None:
