@@ -38,10 +38,11 @@ from .ways import PARTS, RECIPES, ROOT, Way, make_batch, recipe_config
 
 
 def difference(way: Way, result: plain_step.Losses, twin: Way, expected: plain_step.Losses) -> dict[str, float]:
-    """How far a way is from the twin after the same step: losses relative, scores absolute, updates by their norm."""
-    found = {
-        name: abs(getattr(result, name).item() / getattr(expected, name).item() - 1) for name in ("loss_lb", "loss_ub")
-    }
+    """How far a way is from the twin after the same step: losses (relative where above 1), scores, updates by norm."""
+    found = {}
+    for name in ("loss_lb", "loss_ub"):
+        ours, theirs = getattr(result, name).item(), getattr(expected, name).item()
+        found[name] = abs(ours - theirs) / max(1.0, abs(theirs))
     found["score"] = (result.score - expected.score).abs().max().item()
     moved = apart = 0.0
     for key, before in twin.start["student"].items():

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "tensorboard --logdir exps/shapes_imas/log/tensorboard": "test_scripts.py::test_train_then_evaluate",
     "python -m benchmarks.shapes": "test_readme.py::test_the_benchmark_of_the_embedded_set",
     "python -m benchmarks.survive": "test_survive.py::test_three_kills_on_one_process",
+    "python -m benchmarks.step --recipe tiny": "test_precision.py::test_our_step_is_the_plain_twins",
     "python -m pytest tests/test_methods.py tests/test_structure.py": "test_readme.py::test_the_worked_example",
     "python train_semi.py --config exps/shapes_fixmatch/config.yaml": "test_readme.py::test_the_worked_example",
 }
