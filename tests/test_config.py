@@ -154,6 +154,11 @@ OLD_PASCAL_TODAY = {
         "reference_batch": None,
         "scale_lr": False,
         "start_from": None,
+        "amp": None,
+        "tf32": False,
+        "channels_last": True,
+        "compile": False,
+        "checkpoint_encoder": False,
         "optimizer": {
             "type": "SGD",
             "head_lr_times": 10.0,
