@@ -119,7 +119,7 @@ def _gradients(method: Method) -> Tensor:
 @pytest.mark.parametrize(
     ("word", "loss", "gradient"),
     [
-        ("channels_last=false", 1e-5, 0.05),
+        ("channels_last=false", 5e-4, 0.2),
         ("checkpoint_encoder=true", 0, 0),
         ("tf32=true", 0, 0),  # means nothing to a CPU
         ("amp=bf16", 5e-2, 0.7),
