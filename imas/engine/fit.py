@@ -69,28 +69,15 @@ def fit(
 
 def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> None:
     """Every epoch, and what comes at its end; ``stack`` closes what is opened, however it ends."""
-    config, lists, method, data, device = run.config, run.lists, run.method, run.data, run.device
-    world = distributed.world_size()
+    config, method, data, world = run.config, run.method, run.data, distributed.world_size()
     if continued is not None:
         take_up(run, continued)
-    wrapped = distributed.wrap(method, device, config.net.sync_bn)
+    wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
     run_log = stack.enter_context(contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch)))
-    evaluation = Evaluation(config, lists, device)
+    evaluation = Evaluation(config, run.lists, run.device)
     health = Health(config, len(data), evaluation.catalog.class_names, run_log.rows)
-    epochs = config.trainer.epochs
-    if distributed.is_main():
-        provenance.record(config, run.description)
-    if run.epoch == 0:
-        for remark in explain_batch(config, world):
-            run_log.warn(0, remark)
-    log.info(describe_lists(lists.labeled, lists.unlabeled, lists.val))
-    log.info(
-        "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations, batch %d on %d process(es), %s",
-        len(lists.labeled), len(lists.unlabeled), len(lists.val), epochs, len(data),
-        config.dataset.train.batch_size, world, device,
-    )  # fmt: skip
-
-    done = run.epoch * len(data) + run.step
+    _announce(run, run_log)
+    epochs, done = config.trainer.epochs, run.epoch * len(data) + run.step
     bar = tqdm(
         total=epochs * len(data), initial=done, unit="it", leave=False, dynamic_ncols=True, mininterval=1.0,
         disable=not distributed.is_main(),
@@ -132,6 +119,22 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
     if distributed.is_main():
         bar.clear()
         report(run, matrices, evaluation, run_log)
+
+
+def _announce(run: Run, run_log: RunLog) -> None:
+    """What is trained, on what, and what differs from the recipe's batch."""
+    config, lists, world = run.config, run.lists, distributed.world_size()
+    if distributed.is_main():
+        provenance.record(config, run.description)
+    if run.epoch == 0:
+        for remark in explain_batch(config, world):
+            run_log.warn(0, remark)
+    log.info(describe_lists(lists.labeled, lists.unlabeled, lists.val))
+    log.info(
+        "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations, batch %d on %d process(es), %s",
+        len(lists.labeled), len(lists.unlabeled), len(lists.val), config.trainer.epochs, len(run.data),
+        config.dataset.train.batch_size, world, run.device,
+    )  # fmt: skip
 
 
 def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:
