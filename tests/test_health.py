@@ -48,6 +48,7 @@ def health(experiment: Callable[..., Path]) -> Callable[..., Health]:
         ({"confident/roof": 0.0}, "no pixel of roof has passed the threshold for 5 epochs"),
         ({"confident/roof": 0.0, "confident/road": 0.0}, "no pixel of road, roof has passed"),
         ({"predicted/ground": 0.795, "predicted/road": 0.2, "predicted/roof": 0.005}, "collapsed onto ground: of roof"),
+        ({"predicted/ground": 0.3, "predicted/road": 0.64, "predicted/roof": 0.06}, "collapsed onto road: of roof"),
     ],
 )
 def test_each_thing_is_said_once_when_it_has_lasted(health, changes: dict, words: str) -> None:
@@ -57,6 +58,14 @@ def test_each_thing_is_said_once_when_it_has_lasted(health, changes: dict, words
     (warning,) = said[LASTING - 1]
     assert words in warning and "may help" in warning or "num_augs" in warning
     assert said[LASTING:] == [[]] * (2 * LASTING)
+
+
+def test_a_fall_of_the_selecting_network_is_said_at_once(health) -> None:
+    patient = health()
+    assert patient.look(HEALTHY | {"miou_stu": 50.0, "miou_tea": 57.0, "best": 65.0}) == []
+    (warning,) = patient.look(HEALTHY | {"miou_stu": 64.0, "miou_tea": 54.9, "best": 65.0})
+    assert "mIoU has fallen to 54.9 from 65.0" in warning
+    assert patient.look(HEALTHY | {"miou_stu": 64.0, "miou_tea": 40.0, "best": 65.0}) == []
 
 
 def test_health_is_silent_where_all_is_well_or_a_bad_epoch_passes(health) -> None:

@@ -96,9 +96,6 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
             save(run, False)
             raise
         evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
-        run_log.training({"epoch": epoch} | row)
-        for warning in health.look(row):
-            run_log.warn(epoch, warning)
         run.begin_epoch(epoch + 1)
         if evaluates:
             bar.clear()
@@ -108,6 +105,9 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
             row |= results
         # Rows come before the checkpoint: a run that is cut off between the two drops them when it resumes.
         run_log.metrics(row | {"epoch": epoch})
+        run_log.training({"epoch": epoch} | row)
+        for warning in health.look(row):
+            run_log.warn(epoch, warning)
         run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
         if evaluates:
             save(run, improved)

@@ -13,7 +13,8 @@ _EPOCHS, _ITERATIONS = 5, 50  # something is told when it has lasted for both
 _LITTLE = 0.01
 _DISAGREEMENT = 0.5
 _WAITING = 0.3
-_LOST = 0.05
+_MANY, _FEW, _NONE = 2.0, 0.4, 0.05  # times what the labeled images hold of a class
+_FALL = 10  # points of mIoU
 _SHARES = ("confident", "predicted", "labeled")
 
 
@@ -37,17 +38,28 @@ class Health:
     def look(self, row: Row) -> list[str]:
         """Warnings, each a sentence on what is the matter and one on what to try; those told before are left out."""
         self.rows = [*self.rows, row][-self.lasting :]
-        if len(self.rows) < self.lasting:
-            return []
-        found = self._waiting()
-        if all(self._needed <= each.keys() for each in self.rows):
-            found |= self._score() | self._agreement() | self._collapse() | self._silent_classes()
+        found = self._fall()
+        if len(self.rows) == self.lasting:
+            found |= self._waiting()
+            if all(self._needed <= each.keys() for each in self.rows):
+                found |= self._score() | self._agreement() | self._collapse() | self._silent_classes()
         new = {kind: warning for kind, warning in found.items() if kind not in self.told}
         self.told |= new.keys()
         return list(new.values())
 
     def _mean(self, name: str) -> float:
         return sum(row[name] for row in self.rows) / len(self.rows)
+
+    def _fall(self) -> dict[str, str]:
+        row = self.rows[-1]
+        name = "miou_tea" if "miou_tea" in row else "miou_stu"
+        if name not in row or row[name] >= row["best"] - _FALL:
+            return {}
+        return {
+            "fall": f"mIoU has fallen to {row[name]:.1f} from {row['best']:.1f}, of which ckpt_best.pth is: if "
+            "pseudo labels have led astray (log/views.png), a longer trainer.sup_only_epoch, a lower "
+            "trainer.unsupervised.loss_weight or learning rate may help"
+        }
 
     def _waiting(self) -> dict[str, str]:
         timed = [row for row in self.rows if "seconds" in row]  # not an epoch of which a resumed run found all done
@@ -85,7 +97,9 @@ class Health:
         }
 
     def _collapse(self) -> dict[str, str]:
-        """One class has taken the place of at least half of the others, by what the labeled images hold of them."""
+        """A class has taken the place of at least half of the others, by what the labeled images hold of them: all of
+        it, or much of it where the class itself has become much more.
+        """
         gained = {}
         for name in self.class_names:
             labeled = self._mean(f"labeled/{name}")
@@ -94,13 +108,14 @@ class Health:
         if not gained:
             return {}
         onto = max(gained, key=gained.__getitem__)
-        lost = [name for name in gained if name != onto and gained[name] < _LOST]
+        share = _FEW if gained[onto] > _MANY else _NONE
+        lost = [name for name in gained if name != onto and gained[name] < share]
         if not lost or 2 * len(lost) < len(gained) - 1:
             return {}
         return {
-            "collapse": f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than a "
-            f"twentieth of what the labeled images hold, for {self.lasting} epochs. A longer trainer.sup_only_epoch, a "
-            "lower trainer.unsupervised.loss_weight or learning rate, or more labeled images may help"
+            "collapse": f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than "
+            f"{100 * share:.0f} % of what the labeled images hold, for {self.lasting} epochs. A longer "
+            "trainer.sup_only_epoch, a lower trainer.unsupervised.loss_weight or learning rate, or more labeled images may help"
         }
 
     def _silent_classes(self) -> dict[str, str]:
