@@ -115,7 +115,8 @@ class Health:
         return {
             "collapse": f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than "
             f"{100 * share:.0f} % of what the labeled images hold, for {self.lasting} epochs. A longer "
-            "trainer.sup_only_epoch, a lower trainer.unsupervised.loss_weight or learning rate, or more labeled images may help"
+            "trainer.sup_only_epoch, a lower trainer.unsupervised.loss_weight or learning rate, or more labeled "
+            "images may help"
         }
 
     def _silent_classes(self) -> dict[str, str]:
