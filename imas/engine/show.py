@@ -69,7 +69,7 @@ def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluatio
         views = _views(run, evaluation, _extremes(run_log.last_scores(), run.lists.unlabeled))
         if views is not None:
             views.save(config.log_dir / "views.png")
-    log.info("pictures:     %s", ", ".join(path.name for path in sorted(config.log_dir.glob("*.png"))))
+    log.info("pictures:     %s", ", ".join(map(str, sorted(config.log_dir.glob("*.png")))))
     log.info("checkpoints:  %s, %s", config.snapshot_dir / checkpoint.BEST, checkpoint.LAST)
     log.info("curves:       %s, training.csv, scores.csv", config.log_dir / "metrics.csv")
     if config.saver.use_tb:
