@@ -36,8 +36,9 @@ from imas.engine.evaluate import Evaluation, figures, format_table
 from imas.engine.log import start_logging
 from imas.engine.precision import prepare_network
 from imas.engine.predict import Incomplete, find_images, predict_images
-from imas.engine.results import confusion_picture, need_file, need_folder, replacing, write_csv, write_json
+from imas.engine.results import confusion_picture, need_file, need_folder, write_csv, write_json
 from imas.engine.sliding import Predictor, Protocol
+from imas.files import replacing
 from imas.models.deeplabv3plus import DeepLabV3Plus
 from imas.schema import Config
 from imas.strict import Together, UserError, run_script

@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +36,8 @@ from imas import build_model
 from imas.engine.evaluate import evaluate
 from imas.engine.sliding import Predictor, Protocol
 from imas.ops.metrics import ConfusionMatrix
+
+from .figures import in_words, resident_peak, spread
 
 
 class Case(NamedTuple):
@@ -198,12 +199,7 @@ def peak_of(name: str, way: str, device: torch.device) -> float:
     function(case, network_of(case, device), samples_of(case)[:1], device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resident_peak() - before
-
-
-def resident_peak() -> float:
-    """MiB, of this process so far (``ru_maxrss`` would begin with that of the process that started this one)."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+    return (resident_peak() - before) / 2**20
 
 
 def report(case: Case, seconds: dict[str, list[float]], peaks: dict[str, float]) -> tuple[dict, dict]:
@@ -214,11 +210,9 @@ def report(case: Case, seconds: dict[str, list[float]], peaks: dict[str, float])
     }
     ratios, spreads = {}, {}
     for name, prefix in (("evaluate", ""), ("counting", "counting, ")):
-        pairs = zip(seconds[f"{prefix}plain twin"], seconds[f"{prefix}ours"])
-        each = [slow / fast for slow, fast in pairs]
-        ratios[name] = statistics.median(each)
-        spreads[name] = f"{ratios[name]:.2f} ({min(each):.2f}..{max(each):.2f})"
-        figures[f"{prefix}ours"] |= {"ratio_min": min(each), "ratio_max": max(each)}
+        ratio = spread(seconds[f"{prefix}plain twin"], seconds[f"{prefix}ours"])
+        ratios[name], spreads[name] = ratio["median"], in_words(ratio)
+        figures[f"{prefix}ours"] |= {"ratio_min": ratio["min"], "ratio_max": ratio["max"]}
     ratios["peak_memory"] = peaks["plain twin"] / peaks["ours"]
     print("| | ms an image | of that beyond the network | counting, ms | peak memory, MiB |\n|---|---|---|---|---|")
     for way in ("plain twin", "ours"):

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -39,6 +38,7 @@ from imas.data.source import Source, open_source
 from imas.schema import Dataset, TrainData
 
 from . import plain
+from .figures import in_words, spread
 
 _NUM_AUGS = 2
 _ROUND = 3.0  # seconds, about
@@ -187,15 +187,14 @@ def report(layout: str, rounds: dict[str, list[Counter[str]]], pairs: int) -> di
     }
     print(f"\n{layout}: {samples} samples in {len(rounds['ours'])} rounds, ms a sample")
     print(f"| | {' | '.join(_PARTS)} | samples/s | ratio, median (min..max) |\n|---|{'---|' * (len(_PARTS) + 2)}")
-    ratios = {}
+    seconds = {way: [one["all"] for one in parts] for way, parts in rounds.items()}
+    ratios = {way: spread(seconds["plain twin"], own) for way, own in seconds.items()}
     for way, row in milliseconds.items():
-        ratios[way] = [slow["all"] / fast["all"] for slow, fast in zip(rounds["plain twin"], rounds[way])]
-        spread = f"{statistics.median(ratios[way]):.2f} ({min(ratios[way]):.2f}..{max(ratios[way]):.2f})"
         cells = " | ".join(f"{row[part]:.1f}" for part in _PARTS)
-        print(f"| {way} | {cells} | {1000 / row['all']:.1f} | {spread} |", flush=True)
+        print(f"| {way} | {cells} | {1000 / row['all']:.1f} | {in_words(ratios[way])} |", flush=True)
     return {
-        way: {"ms": row, "samples_per_s": 1000 / row["all"], "ratio": statistics.median(ratios[way])}
-        | {"ratio_min": min(ratios[way]), "ratio_max": max(ratios[way])}
+        way: {"ms": row, "samples_per_s": 1000 / row["all"], "ratio": ratios[way]["median"]}
+        | {"ratio_min": ratios[way]["min"], "ratio_max": ratios[way]["max"]}
         for way, row in milliseconds.items()
     }
 

@@ -22,6 +22,7 @@ from imas.data.lists import read_lists
 from imas.data.loaders import TrainingData
 from imas.data.normalise import Normalise
 from imas.engine import checkpoint
+from imas.engine.log import last_scores
 from imas.engine.pictures import views_sheet
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +49,9 @@ def draw(path: Path, rows: int = 3) -> Image.Image:
     lists = read_lists(config)
     method = build_method(config).train()
     checkpoint.start_from(method.networks(), config.snapshot_dir / checkpoint.LAST)
-    lines = (config.log_dir / "scores.csv").read_text().splitlines()[1:]
-    last = lines[-1].partition(",")[0]
-    scores = {name: float(score) for epoch, name, score in (line.split(",") for line in lines) if epoch == last}
+    known = last_scores(config.log_dir)
+    last = max(epoch for epoch, _ in known.values())
+    scores = {name: score for name, (epoch, score) in known.items() if epoch == last}
     order = sorted(scores, key=scores.__getitem__)
     names = [order[number * (len(order) - 1) // (rows - 1)] for number in range(rows)]
     dataset = TrainingData(config, lists, 0, 0, 1).unlabeled.dataset

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from imas.schema import Config
 
 from . import plain_step
 from .clock import Clock
+from .figures import in_words, resident_peak, spread
 from .scale import step_flops
 from .step_ops import FAITHFUL, TOLERANCE, TWIN, compare_ops
 from .ways import PARTS, RECIPES, ROOT, Way, make_batch, recipe_config
@@ -97,7 +97,7 @@ def print_peak(way: Callable[[], Way], device: torch.device) -> None:
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated())
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        print(resident_peak() - before)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -108,12 +108,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * 8192**3 / seconds
 
 
-def spread(twin: list[float], ours: list[float]) -> dict[str, float]:
-    """Ratios of neighbours in the alternation: above 1, ours is faster."""
-    ratios = [slow / fast for slow, fast in zip(twin, ours)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-
-
 def report_steps(
     config: Config, times: dict[str, list[float]], parts: dict[str, Counter], peaks: dict[str, int]
 ) -> None:
@@ -122,10 +116,10 @@ def report_steps(
     print("\n| way | ms a step, median (min..max) | images/s | twin / way, median (min..max) | peak memory, MiB |")
     print("|---|---|---|---|---|")
     for name, seconds in times.items():
-        middle, ratio = statistics.median(seconds), spread(times[TWIN], seconds)
+        middle = statistics.median(seconds)
         print(
             f"| {name} | {1e3 * middle:.0f} ({1e3 * min(seconds):.0f}..{1e3 * max(seconds):.0f}) "
-            f"| {2 * batch / middle:.2f} | {ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f}) "
+            f"| {2 * batch / middle:.2f} | {in_words(spread(times[TWIN], seconds))} "
             f"| {peaks[name] / 2**20:,.0f} |"
         )
     print(f"\nms by part, medians\n| way | {' | '.join(PARTS)} |\n|---|{'---|' * len(PARTS)}")
@@ -139,9 +133,8 @@ def report_ops(ops: dict[str, dict[str, list[float]]]) -> None:
         "\n(4, 19, 769, 769) logits, ms, medians\n| | plain twin | ours | ratio, median (min..max) |\n|---|---|---|---|"
     )
     for name, seconds in ops.items():
-        ratio = spread(seconds[TWIN], seconds[FAITHFUL])
         plain, ours = (1e3 * statistics.median(seconds[way]) for way in (TWIN, FAITHFUL))
-        print(f"| {name} | {plain:.1f} | {ours:.1f} | {ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f}) |")
+        print(f"| {name} | {plain:.1f} | {ours:.1f} | {in_words(spread(seconds[TWIN], seconds[FAITHFUL]))} |")
 
 
 def report_device(config: Config, times: dict[str, list[float]], device: torch.device) -> dict[str, float]:

@@ -171,10 +171,8 @@ class Reader:
         self, kind: type, fields: dict[str, dataclasses.Field], raw: dict, key: Any, here: str
     ) -> tuple[dataclasses.Field | None, Any]:
         """A key that names no field: the field whose former name it is, with today's value; else None."""
-        value, former = (
-            raw[key],
-            {field.metadata["old"]: field for field in fields.values() if field.metadata.get("old")},
-        )
+        value = raw[key]
+        former = {field.metadata["old"]: field for field in fields.values() if field.metadata.get("old")}
         meaningless = getattr(kind, "MEANINGLESS", {})
         if key in former:
             return self._former(former[key], raw, value, here)

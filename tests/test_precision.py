@@ -13,6 +13,7 @@ import golden
 import pytest
 import torch
 from conftest import TINY, run
+from first_step import gradients, ready, step_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,24 +95,9 @@ def tiny(experiment: Callable[..., Path]) -> Callable[..., Config]:
 
 
 def _step(config: Config) -> tuple[Method, Step]:
-    """The first step of a method with these options, after its backward pass; networks differ and are fairly sure."""
-    torch.manual_seed(0)
-    method = build_method(config).train()
-    with torch.no_grad():
-        method.student.decoder.classifier[-1].weight.mul_(10)
-        for parameter in method.teacher.parameters():
-            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
-    precision.prepare(method, config.trainer, CPU)
-    images = [golden.randn(seed, 4, 3, 33, 33) for seed in range(3)]
-    batch = Batch(images[0], golden.randint(5, 4, 4, 33, 33), weak=images[1], strong=images[2], index=torch.arange(4))
-    with precision.autocast(config.trainer, CPU):
-        step = method(batch, Progress(2, 9, 4, torch.Generator().manual_seed(1)))
-    step.loss.backward()
-    return method, step
-
-
-def _gradients(method: Method) -> Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in method.student.parameters()])
+    """The method after its first step."""
+    method, batch = ready(config, CPU)
+    return method, step_of(config, CPU, method, batch)
 
 
 # Bounds: relative, of losses and of the whole gradient. The network is random, and so are images and labels: gradients
@@ -133,7 +119,7 @@ def test_options_change_rounding_alone(tiny, word: str, loss: float, gradient: f
         assert step.scalars[name].dtype == value.dtype
         torch.testing.assert_close(step.scalars[name], value, rtol=loss, atol=loss)
     assert step.loss.dtype == torch.float32 and step.score.dtype == torch.float32
-    ours, theirs = _gradients(method), _gradients(plain)
+    ours, theirs = gradients(method), gradients(plain)
     assert (ours - theirs).norm() <= gradient * theirs.norm()
     for name, tensor in plain.student.named_buffers():  # each batch counted once, also where it is computed twice
         torch.testing.assert_close(method.student.get_buffer(name), tensor, rtol=max(loss, 1e-6), atol=loss)
@@ -160,7 +146,7 @@ def test_compiled_networks_keep_names_and_results(tiny, monkeypatch: pytest.Monk
     smaller = "net.encoder.type=resnet18"
     (plain, expected), (method, step) = _step(tiny(smaller)), _step(tiny(smaller, "trainer.compile=true"))
     torch.testing.assert_close(step.loss, expected.loss)
-    torch.testing.assert_close(_gradients(method), _gradients(plain), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gradients(method), gradients(plain), rtol=1e-3, atol=1e-4)
     assert list(method.state_dict()) == list(plain.state_dict())
     torch._dynamo.reset()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import distributed
+from ..files import replacing
 
 log = logging.getLogger("imas")
 
@@ -23,18 +23,17 @@ WARNINGS = ("epoch", "warning")
 
 def start_logging(folder: Path | None = None) -> None:
     """Lines of the ``imas`` logger to the console and, with a folder, to ``train.log`` in it."""
-    logger = logging.getLogger("imas")
-    logger.propagate = False
-    logger.setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
+    log.propagate = False
+    log.setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if folder is not None and distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8"))
-    for handler in logger.handlers[:]:
-        logger.removeHandler(handler)
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
+        log.addHandler(handler)
 
 
 class RunLog:
@@ -102,14 +101,15 @@ class RunLog:
         if self.active:
             _append(self.folder / "scores.csv", ([epoch, image, f"{score:.4f}"] for epoch, image, score in rows))
 
-    def last_scores(self) -> dict[str, tuple[int, float]]:
-        """Epoch and value of the last score of each image."""
-        with open(self.folder / "scores.csv", newline="", encoding="utf-8") as file:
-            return {row["image"]: (int(row["epoch"]), float(row["score"])) for row in csv.DictReader(file)}
-
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def last_scores(folder: Path) -> dict[str, tuple[int, float]]:
+    """Epoch and value of the last score of each image in the ``scores.csv`` of a log folder."""
+    with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
+        return {row["image"]: (int(row["epoch"]), float(row["score"])) for row in csv.DictReader(file)}
 
 
 def _append(path: Path, rows: Iterable[list]) -> None:
@@ -135,7 +135,5 @@ def _read_numbers(path: Path) -> list[dict[str, float]]:
 
 
 def _write(path: Path, rows: list[list]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-    os.replace(temporary, path)

@@ -22,10 +22,10 @@ from .. import distributed
 from ..data.catalog import Catalog
 from ..data.folder import images_below
 from ..data.source import DataError, read_image
+from ..files import replacing
 from ..strict import UserError
 from .evaluate import evaluating
 from .pictures import coloured
-from .results import replacing
 from .sliding import Predictor, labels_and_confidence
 
 log = logging.getLogger("imas")

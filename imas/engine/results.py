@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..files import replacing
 from ..ops.metrics import ConfusionMatrix
 from ..strict import UserError
 
@@ -50,17 +49,6 @@ def need_folder(flag: str, path: Path) -> None:
         raise UserError(f"{flag} {path}: {there} is a file; expected a folder")
     if not os.access(there, os.W_OK):
         raise UserError(f"{flag} {path}: the folder {there} cannot be written to")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path``, which takes its name when all is written."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, protocol: dict[str, Any], figures: dict[str, Any]) -> None:

@@ -14,12 +14,12 @@ from torchvision.transforms import functional as TF
 from .. import distributed
 from ..data.dataset import Draw, stacked
 from ..data.source import DataError
+from ..files import replacing
 from ..ops.metrics import ConfusionMatrix
 from . import checkpoint
 from .evaluate import Evaluation, figures, format_table
-from .log import RunLog
+from .log import RunLog, last_scores
 from .pictures import prediction_sheet, views_sheet
-from .results import replacing
 from .run import Run
 
 log = logging.getLogger("imas")
@@ -66,7 +66,7 @@ def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluatio
         temporary.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     with _optional():
         _predictions(run, evaluation).save(config.log_dir / "predictions.png")
-        views = _views(run, evaluation, _extremes(run_log.last_scores(), run.lists.unlabeled))
+        views = _views(run, evaluation, _extremes(last_scores(config.log_dir), run.lists.unlabeled))
         if views is not None:
             views.save(config.log_dir / "views.png")
     log.info("pictures:     %s", ", ".join(map(str, sorted(config.log_dir.glob("*.png")))))

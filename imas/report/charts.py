@@ -71,9 +71,7 @@ def line_chart(
         parts.append(f'<path class="grid" d="M{x:.1f} {floor}v4"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{_tick(tick)}</text>')
     parts.append(f'<text class="tick" x="{end}" y="{_HEIGHT - 4}" text-anchor="end">epoch</text>')
-    for band in bands:
-        around = [at(x, y) for x, y in zip(band.x, band.high)] + [at(x, y) for x, y in zip(band.x, band.low)][::-1]
-        parts.append(f'<path class="band c{band.colour % COLOURS}" d="M{_path(around)}Z"/>')
+    parts += [_area(band, at) for band in bands]
     parts += [_curve(line, at) for line in lines]
     heights = _apart([at(line.x[-1], line.y[-1])[1] for line in lines], _TOP + 4, floor)
     for line, height in zip(lines, heights):
@@ -95,9 +93,7 @@ def sparkline(
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     parts.append(f'<path class="grid" d="M0 {height - 1}H{width}"/>')
-    for band in bands:
-        around = [at(x, y) for x, y in zip(band.x, band.high)] + [at(x, y) for x, y in zip(band.x, band.low)][::-1]
-        parts.append(f'<path class="band c{band.colour % COLOURS}" d="M{_path(around)}Z"/>')
+    parts += [_area(band, at) for band in bands]
     for line in lines:
         points = [at(x, y) for x, y in zip(line.x, line.y)]
         kind = "line thin" if line.dashed else "line"
@@ -131,6 +127,11 @@ def _curve(line: Line, at: Callable[[float, float], tuple[float, float]]) -> str
         said = f"{name} best: {number(line.y[place])} after epoch {_tick(line.x[place])}"
         parts.append(_dot(*points[place], "best", line.colour, 4, said))
     return "".join(parts)
+
+
+def _area(band: Band, at: Callable[[float, float], tuple[float, float]]) -> str:
+    around = [at(x, y) for x, y in zip(band.x, band.high)] + [at(x, y) for x, y in zip(band.x, band.low)][::-1]
+    return f'<path class="band c{band.colour % COLOURS}" d="M{_path(around)}Z"/>'
 
 
 def _dot(x: float, y: float, kind: str, colour: int, radius: float = 1.9, said: str = "") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ..files import replacing
 from ..strict import UserError
 from .charts import Line, number, sparkline
 from .curves import Runs, over_epochs, pseudo_labels
@@ -43,9 +43,8 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
         out = records[0].folder / "report.html" if len(records) == 1 else Path("report.html")
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: expected a file to write, in a folder that exists")
-    temporary = out.with_name(f"{out.name}.tmp")
-    temporary.write_text(page(records), encoding="utf-8")
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        temporary.write_text(page(records), encoding="utf-8")
     return out
 
 

@@ -9,17 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import golden
 import pytest
 import torch
 from conftest import ROOT, TINY
-from torch import Tensor
+from first_step import gradients, ready, step_of
 
-from imas.build import build_method
 from imas.config import load_config
 from imas.engine import precision
 from imas.engine.optim import build_optimizer
-from imas.methods.base import Batch, Method, Progress, Step
+from imas.methods.base import Progress
 from imas.schema import Config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -34,32 +32,6 @@ def tiny(experiment: Callable[..., Path]) -> Callable[..., Config]:
     return lambda *words: load_config(experiment(net=net, criterion=criterion), words)
 
 
-def _ready(config: Config, device: torch.device) -> tuple[Method, Batch]:
-    torch.manual_seed(0)
-    method = build_method(config).train()
-    with torch.no_grad():
-        method.student.decoder.classifier[-1].weight.mul_(10)
-        for parameter in method.teacher.parameters():
-            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
-    method.to(device)
-    precision.prepare(method, config.trainer, device)
-    images = [golden.randn(seed, 4, 3, 33, 33).to(device) for seed in range(3)]
-    labels, index = golden.randint(5, 4, 4, 33, 33).to(device), torch.arange(4, device=device)
-    return method, Batch(images[0], labels, weak=images[1], strong=images[2], index=index)
-
-
-def _step(config: Config, device: torch.device, method: Method, batch: Batch) -> Step:
-    with precision.autocast(config.trainer, device):
-        step = method(batch, Progress(2, 9, 4, torch.Generator().manual_seed(1)))
-    step.loss.backward()
-    return step
-
-
-def _gradients(method: Method) -> Tensor:
-    return torch.cat([parameter.grad.flatten().cpu() for parameter in method.student.parameters()])
-
-
-# Relative bounds of losses and of the whole gradient, as in tests/test_precision.py.
 @pytest.mark.parametrize(
     ("word", "loss", "gradient"),
     [
@@ -73,15 +45,15 @@ def _gradients(method: Method) -> Tensor:
     ],
 )
 def test_a_step_on_the_gpu_is_that_of_the_cpu(tiny, word: str, loss: float, gradient: float) -> None:
-    plain, batch = _ready(tiny(), CPU)
-    expected = _step(tiny(), CPU, plain, batch)
+    plain, batch = ready(tiny(), CPU)
+    expected = step_of(tiny(), CPU, plain, batch)
     config = tiny(f"trainer.{word}")
-    method, batch = _ready(config, CUDA)
-    step = _step(config, CUDA, method, batch)
+    method, batch = ready(config, CUDA)
+    step = step_of(config, CUDA, method, batch)
     for name, value in expected.scalars.items():
         torch.testing.assert_close(step.scalars[name].cpu(), value, rtol=loss, atol=loss)
-    difference = _gradients(method) - _gradients(plain)
-    assert difference.norm() <= gradient * _gradients(plain).norm()
+    difference = gradients(method) - gradients(plain)
+    assert difference.norm() <= gradient * gradients(plain).norm()
     assert list(method.state_dict()) == list(plain.state_dict())
 
 
@@ -89,7 +61,7 @@ def test_a_step_on_the_gpu_is_that_of_the_cpu(tiny, word: str, loss: float, grad
 def test_a_step_waits_for_the_device_only_to_decide_on_cutmix(tiny, words: tuple[str, ...]) -> None:
     """Without a CutMix that follows the score nothing waits at all; else ``mean(h).item()`` does."""
     config = tiny("dataset.train.hardness_aware.trigger_cutmix=false", *words)
-    method, batch = _ready(config, CUDA)
+    method, batch = ready(config, CUDA)
     optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer)
     scaler = precision.make_scaler(config.trainer, CUDA)
 
