@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imas.models.atrous import AtrousConv2d
+from imas.models.conv import Conv2d
 from imas.ops import mixing
 from imas.schema import Config
 
@@ -42,8 +42,8 @@ class PlainStep:
         self.config, self.student, self.teacher, self.clock = config, student.train(), teacher.eval(), clock
         for network in (student, teacher):
             for module in network.modules():
-                if isinstance(module, AtrousConv2d):
-                    module.forward = partial(nn.Conv2d.forward, module)  # with all its taps
+                if isinstance(module, Conv2d):
+                    module.forward = partial(nn.Conv2d.forward, module)
         kwargs = config.trainer.optimizer.kwargs
         self.optimizer = torch.optim.SGD(
             student.parameters(), kwargs.lr, kwargs.momentum, weight_decay=kwargs.weight_decay, foreach=False

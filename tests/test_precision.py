@@ -26,7 +26,7 @@ from imas.config import load_config
 from imas.engine import checkpoint, memory, precision
 from imas.engine.optim import build_optimizer
 from imas.methods.base import Batch, Method, Progress, Step
-from imas.models.atrous import AtrousConv2d
+from imas.models.conv import Conv2d
 from imas.ops.counting import count
 from imas.ops.losses import pixel_cross_entropy
 from imas.ops.pseudo import predict

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.resize import resize
-from .atrous import AtrousConv2d
+from .conv import Conv2d, convolve_joined
 from .resnet import ResNet
 
 
 def _conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False) -> list[nn.Module]:
     padding = dilation * (kernel // 2)
-    convolution = AtrousConv2d if dilation > 1 else nn.Conv2d
     return [
-        convolution(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias),
+        Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     ]
@@ -67,13 +66,13 @@ class Decoder(nn.Module):
         self.classifier = nn.Sequential(
             *_conv_bn_relu(low_conv_planes + inner_planes, inner_planes, 3),
             *_conv_bn_relu(inner_planes, inner_planes, 3),
-            nn.Conv2d(inner_planes, num_classes, 1),
+            Conv2d(inner_planes, num_classes, 1),
         )
 
     def forward(self, x1: Tensor, x4: Tensor) -> Tensor:
         low = self.low_conv(x1)
-        high = resize(self.head(self.aspp(x4)), low.shape[-2:])
-        return _logits(self.classifier, torch.cat([low, high], dim=1))
+        joined = convolve_joined(self.classifier[0], low, self.head(self.aspp(x4)))
+        return _logits(self.classifier[1:], joined)
 
 
 class AuxiliaryHead(nn.Module):
@@ -81,7 +80,7 @@ class AuxiliaryHead(nn.Module):
 
     def __init__(self, inputs: int, num_classes: int, planes: int = 256) -> None:
         super().__init__()
-        self.aux = nn.Sequential(*_conv_bn_relu(inputs, planes, 3), nn.Conv2d(planes, num_classes, 1))
+        self.aux = nn.Sequential(*_conv_bn_relu(inputs, planes, 3), Conv2d(planes, num_classes, 1))
 
     def forward(self, x3: Tensor) -> Tensor:
         return _logits(self.aux, x3)

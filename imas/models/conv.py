@@ -1,0 +1,115 @@
+"""Convolutions as matrix products, where that is faster on a CPU.
+
+Letters: B images, H×W the size of features, k×k the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.resize import resize
+
+_Slices = tuple[slice, slice, slice]
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution padded to keep the size (up to the stride).
+
+    On a CPU, in float32 and ``channels_last``, a 1×1 kernel is one matrix product, and a kernel whose dilation is more
+    than a third of the feature map one for each tap, over those positions where the tap sees more than padding. Sums
+    are the same but for their order.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _in_rows(x):
+            return super().forward(x)
+        if self.kernel_size == (1, 1):
+            rows = x.permute(0, 2, 3, 1)[:, :: self.stride[0], :: self.stride[1]]
+            return F.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        if self.stride == (1, 1) and self.bias is None and 3 * self.dilation[0] > max(x.shape[-2:]):
+            return _TapByTap.apply(x, self.weight, self.dilation[0])
+        return super().forward(x)
+
+
+def convolve_joined(convolution: Conv2d, low: Tensor, high: Tensor) -> Tensor:
+    """``convolution``, 3×3 without bias, of low-level features joined with smaller ones that are resized to their size.
+
+    On a CPU, in float32 and ``channels_last``, the taps of ``high`` are multiplied before the resize instead of after
+    it, which is fewer products by the number of pixels that the resize makes of one. Both are linear, so that the sums
+    are the same but for their order.
+
+    Args:
+        low: (B, L, H, W).
+        high: (B, K, h, w).
+
+    Returns:
+        (B, outputs, H, W).
+    """
+    height, width = low.shape[-2:]
+    if not (_in_rows(low) and _in_rows(high)) or high.shape[-2:] == low.shape[-2:]:
+        return convolution(torch.cat([low, resize(high, (height, width))], dim=1))
+    of_low, of_high = convolution.weight.split([low.shape[1], high.shape[1]], dim=1)
+    rows, (batch, _, h, w), outputs = high.permute(0, 2, 3, 1), high.shape, len(of_high)
+    lines = []
+    for kernel in of_high.permute(2, 3, 0, 1).unbind():  # (3, outputs, K), a row of the kernel
+        taps = F.linear(rows, kernel.flatten(0, 1))  # (B, h, w, 3·outputs)
+        line = _resize_and_shift(w, width) @ taps.view(batch * h, 3 * w, outputs)
+        lines.append(line.view(batch, h, width * outputs))
+    joined = _resize_and_shift(h, height) @ torch.stack(lines, dim=2).flatten(1, 2)  # (B, H, W·outputs)
+    from_high = joined.view(batch, height, width, outputs).permute(0, 3, 1, 2)
+    return F.conv2d(low, of_low, padding=1) + from_high
+
+
+def _resize_and_shift(small: int, large: int) -> Tensor:
+    """(large, 3·small): what the three taps of a kernel make of ``small`` numbers each, resized to ``large``, is summed
+    where the taps stand.
+    """
+    resized = resize(torch.eye(small)[None, None], (small, large))[0, 0]  # a row for each number
+    return F.pad(resized, (1, 1)).unfold(1, large, 1).permute(2, 0, 1).flatten(1)
+
+
+def _in_rows(x: Tensor) -> bool:
+    """Whether each pixel of (B, C, H, W) is a row of C numbers that a CPU multiplies as they are."""
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return plain and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _taps(height: int, width: int, size: int, dilation: int) -> Iterator[tuple[tuple[int, int], _Slices, _Slices]]:
+    """The taps of a size×size kernel that see more than padding: (row, column), what they read, where they write."""
+    for row in range(size):
+        for column in range(size):
+            down, right = (row - size // 2) * dilation, (column - size // 2) * dilation
+            if abs(down) < height and abs(right) < width:
+                reads = slice(max(0, down), height + min(0, down)), slice(max(0, right), width + min(0, right))
+                writes = slice(max(0, -down), height - max(0, down)), slice(max(0, -right), width - max(0, right))
+                yield (row, column), (slice(None), *reads), (slice(None), *writes)
+
+
+class _TapByTap(torch.autograd.Function):
+    """(B, inputs, H, W), (outputs, inputs, k, k) → (B, outputs, H, W), all ``channels_last``."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.dilation = dilation
+        x, kernel = x.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1)
+        result = x.new_zeros(*x.shape[:3], len(weight))
+        for tap, reads, writes in _taps(*x.shape[1:3], len(kernel), dilation):
+            result[writes] += x[reads] @ kernel[tap].t()
+        return result.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        x, gradient, kernel = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1)
+        of_x, of_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        of_kernel = of_weight.permute(2, 3, 0, 1)
+        for tap, reads, writes in _taps(*x.shape[1:3], len(kernel), ctx.dilation):
+            part = gradient[writes]
+            of_x[reads] += part @ kernel[tap]
+            torch.mm(part.flatten(0, 2).t(), x[reads].flatten(0, 2), out=of_kernel[tap])
+        return of_x.permute(0, 3, 1, 2), of_weight, None
