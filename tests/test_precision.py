@@ -26,7 +26,6 @@ from imas.config import load_config
 from imas.engine import checkpoint, memory, precision
 from imas.engine.optim import build_optimizer
 from imas.methods.base import Batch, Method, Progress, Step
-from imas.models.conv import Conv2d
 from imas.ops.counting import count
 from imas.ops.losses import pixel_cross_entropy
 from imas.ops.pseudo import predict
@@ -72,18 +71,6 @@ def test_counts_are_those_of_bincount_and_leave_out_other_values() -> None:
     values = golden.randint(1, 300, 3, 20, 30)
     expected = torch.stack([image.flatten().bincount(minlength=300)[:250] for image in values])
     assert torch.equal(count(values, 250), expected.double())
-
-
-@pytest.mark.parametrize("dilation", [2, 8, 9, 18])
-def test_taps_that_see_only_padding_are_not_missed(dilation: int) -> None:
-    torch.manual_seed(0)
-    ours, plain = (kind(6, 4, 3, padding=dilation, dilation=dilation) for kind in (AtrousConv2d, nn.Conv2d))
-    plain.load_state_dict(ours.state_dict())
-    images = [golden.randn(1, 2, 6, 9, 7).requires_grad_() for _ in range(2)]
-    for convolution, image in zip((ours, plain), images):
-        convolution(image).square().sum().backward()
-    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
-    torch.testing.assert_close(images[0].grad, images[1].grad)
 
 
 @pytest.fixture

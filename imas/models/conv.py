@@ -5,6 +5,7 @@ Letters: B images, H×W the size of features, k×k the kernel.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -54,22 +55,23 @@ def convolve_joined(convolution: Conv2d, low: Tensor, high: Tensor) -> Tensor:
         return convolution(torch.cat([low, resize(high, (height, width))], dim=1))
     of_low, of_high = convolution.weight.split([low.shape[1], high.shape[1]], dim=1)
     rows, (batch, _, h, w), outputs = high.permute(0, 2, 3, 1), high.shape, len(of_high)
-    lines = []
-    for kernel in of_high.permute(2, 3, 0, 1).unbind():  # (3, outputs, K), a row of the kernel
+    lines = []  # what each row of the kernel makes of the rows of high, as wide as low
+    for kernel in of_high.permute(2, 3, 0, 1).unbind():  # (3, outputs, K)
         taps = F.linear(rows, kernel.flatten(0, 1))  # (B, h, w, 3·outputs)
-        line = _resize_and_shift(w, width) @ taps.view(batch * h, 3 * w, outputs)
+        line = _resize_and_add(w, width) @ taps.view(batch * h, 3 * w, outputs)
         lines.append(line.view(batch, h, width * outputs))
-    joined = _resize_and_shift(h, height) @ torch.stack(lines, dim=2).flatten(1, 2)  # (B, H, W·outputs)
-    from_high = joined.view(batch, height, width, outputs).permute(0, 3, 1, 2)
-    return F.conv2d(low, of_low, padding=1) + from_high
+    joined = _resize_and_add(h, height) @ torch.stack(lines, dim=2).flatten(1, 2)  # (B, H, W·outputs)
+    joined = joined.view(batch, height, width, outputs).permute(0, 3, 1, 2)
+    joined += F.conv2d(low, of_low, padding=1)
+    return joined
 
 
-def _resize_and_shift(small: int, large: int) -> Tensor:
-    """(large, 3·small): what the three taps of a kernel make of ``small`` numbers each, resized to ``large``, is summed
-    where the taps stand.
+def _resize_and_add(small: int, large: int) -> Tensor:
+    """A matrix (large, 3·small). It takes a line of ``small`` places, each with the products of a kernel's three taps,
+    resizes the line of every tap to ``large``, and adds them as a convolution with padding 1 does.
     """
-    resized = resize(torch.eye(small)[None, None], (small, large))[0, 0]  # a row for each number
-    return F.pad(resized, (1, 1)).unfold(1, large, 1).permute(2, 0, 1).flatten(1)
+    resized = resize(torch.eye(small)[None, None], (small, large))[0, 0]  # (small, large)
+    return F.pad(resized, (1, 1)).unfold(1, large, 1).permute(2, 0, 1).flatten(1)  # (large, small·3)
 
 
 def _in_rows(x: Tensor) -> bool:
@@ -79,14 +81,15 @@ def _in_rows(x: Tensor) -> bool:
 
 
 def _taps(height: int, width: int, size: int, dilation: int) -> Iterator[tuple[tuple[int, int], _Slices, _Slices]]:
-    """The taps of a size×size kernel that see more than padding: (row, column), what they read, where they write."""
-    for row in range(size):
-        for column in range(size):
-            down, right = (row - size // 2) * dilation, (column - size // 2) * dilation
-            if abs(down) < height and abs(right) < width:
-                reads = slice(max(0, down), height + min(0, down)), slice(max(0, right), width + min(0, right))
-                writes = slice(max(0, -down), height - max(0, down)), slice(max(0, -right), width - max(0, right))
-                yield (row, column), (slice(None), *reads), (slice(None), *writes)
+    """The taps around the centre of a size×size kernel that see more than padding: (row, column), what they read, where
+    they write.
+    """
+    for row, column in itertools.product(range(size), repeat=2):
+        down, right = (row - size // 2) * dilation, (column - size // 2) * dilation
+        if (down or right) and abs(down) < height and abs(right) < width:
+            reads = slice(max(0, down), height + min(0, down)), slice(max(0, right), width + min(0, right))
+            writes = slice(max(0, -down), height - max(0, down)), slice(max(0, -right), width - max(0, right))
+            yield (row, column), (slice(None), *reads), (slice(None), *writes)
 
 
 class _TapByTap(torch.autograd.Function):
@@ -97,8 +100,9 @@ class _TapByTap(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.dilation = dilation
         x, kernel = x.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1)
-        result = x.new_zeros(*x.shape[:3], len(weight))
-        for tap, reads, writes in _taps(*x.shape[1:3], len(kernel), dilation):
+        size = len(kernel)
+        result = x @ kernel[size // 2, size // 2].t()
+        for tap, reads, writes in _taps(*x.shape[1:3], size, dilation):
             result[writes] += x[reads] @ kernel[tap].t()
         return result.permute(0, 3, 1, 2)
 
@@ -106,10 +110,14 @@ class _TapByTap(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         x, gradient, kernel = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1)
-        of_x, of_weight = torch.zeros_like(x), torch.zeros_like(weight)
-        of_kernel = of_weight.permute(2, 3, 0, 1)
-        for tap, reads, writes in _taps(*x.shape[1:3], len(kernel), ctx.dilation):
+        size = len(kernel)
+        centre, everywhere = (size // 2, size // 2), (slice(None),) * 3
+        taps = list(_taps(*x.shape[1:3], size, ctx.dilation))
+        of_x = gradient @ kernel[centre]
+        of_weight = (torch.empty_like if len(taps) == size**2 - 1 else torch.zeros_like)(weight)
+        for tap, reads, writes in [(centre, everywhere, everywhere), *taps]:
             part = gradient[writes]
-            of_x[reads] += part @ kernel[tap]
-            torch.mm(part.flatten(0, 2).t(), x[reads].flatten(0, 2), out=of_kernel[tap])
+            if tap != centre:
+                of_x[reads] += part @ kernel[tap]
+            torch.mm(part.flatten(0, 2).t(), x[reads].flatten(0, 2), out=of_weight.permute(2, 3, 0, 1)[tap])
         return of_x.permute(0, 3, 1, 2), of_weight, None
