@@ -44,13 +44,15 @@ class _PixelCrossEntropy(torch.autograd.Function):
             image = logits[number : number + 1].detach().requires_grad_()
             with torch.enable_grad():
                 full = resize(image, target.shape[-2:])
-            at_full_size = torch.empty_like(full)
+            same = full is image
+            at_full_size = result[number : number + 1] if same else torch.empty_like(full)
             for rows in rows_of(full[0]):
                 block = (full[0, :, rows].detach() - normaliser[number, rows]).exp_()
                 classes = target[number, rows].unsqueeze(0)
                 block.scatter_(0, classes, block.gather(0, classes) - 1)
                 torch.mul(block, grad[number, rows], out=at_full_size[0, :, rows])
-            result[number : number + 1] = torch.autograd.grad(full, image, at_full_size)[0]
+            if not same:
+                result[number : number + 1] = torch.autograd.grad(full, image, at_full_size)[0]
         return result, None, None
 
 
