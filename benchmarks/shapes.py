@@ -2,6 +2,7 @@
 
     python -m benchmarks.shapes                      # learning rates on search seeds, then the table on fresh ones
     python -m benchmarks.shapes --seeds 7 8 9 10     # other fresh seeds
+    python -m benchmarks.shapes --way trainer.amp=bf16 --way trainer.channels_last=false     # iMAS with these options too
 
 Every figure is a run of ``train_semi.py`` on one thread (so that it can be repeated), on its own draw of the data.
 All arms train the same network for the same number of iterations. Each SupOnly arm uses its own best learning rate
@@ -53,8 +54,8 @@ def run(folder: Path, base: Path, seed: int, overrides: list[str]) -> dict[str, 
     return {name: float(last[column]) for name, column in names.items() if last[column]}
 
 
-def arms(out: Path) -> dict[str, tuple[Path, list[str]]]:
-    """Name → YAML and what differs from it, learning rates left out."""
+def arms(out: Path, ways: list[str]) -> dict[str, tuple[Path, list[str]]]:
+    """Name → YAML and what differs from it, learning rates left out. ``ways``: options of iMAS, an arm each."""
     config = load_config(IMAS)
     shapes = config.dataset.shapes
     listed = out / "control.txt"
@@ -69,13 +70,15 @@ def arms(out: Path) -> dict[str, tuple[Path, list[str]]]:
         ),
         "iMAS": (IMAS, []),
         "ceiling: SupOnly, all labels": (SUP, [f"dataset.shapes.labeled={shapes.labeled + shapes.unlabeled}"]),
-    }
+    } | {f"iMAS, {words}": (IMAS, words.split()) for words in ways}
 
 
-def best_rates(out: Path, seeds: list[int], pool: ThreadPoolExecutor) -> dict[str, float]:
+def best_rates(
+    compared: dict[str, tuple[Path, list[str]]], out: Path, seeds: list[int], pool: ThreadPoolExecutor
+) -> dict[str, float]:
     """Best learning rate of every SupOnly arm, by the mean student mIoU over the search seeds."""
     chosen = {}
-    for arm, (base, overrides) in arms(out).items():
+    for arm, (base, overrides) in compared.items():
         if base != SUP:
             continue
         jobs = {
@@ -107,12 +110,14 @@ def main() -> None:
     parser.add_argument("--search-seeds", type=int, nargs="+", default=[1, 2], help="seeds for the learning rates")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/shapes"), help="folder of the runs")
+    parser.add_argument("--way", action="append", default=[], help="options of one more iMAS arm")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    compared = arms(options.out, options.way)
     with ThreadPoolExecutor(options.jobs) as pool:
-        rates = best_rates(options.out, options.search_seeds, pool)
+        rates = best_rates(compared, options.out, options.search_seeds, pool)
         jobs = {}
-        for arm, (base, overrides) in arms(options.out).items():
+        for arm, (base, overrides) in compared.items():
             rate = [f"trainer.optimizer.kwargs.lr={rates[arm]}"] if arm in rates else []
             for seed in options.seeds:
                 folder = options.out / f"{arm.split(':')[0]} {seed}"
@@ -123,16 +128,17 @@ def main() -> None:
     print("mIoU in percent after the last epoch, mean ± standard deviation over seeds\n")
     print("| arm | lr | student | teacher |\n|---|---|---|---|")
     table = {}
-    for arm in arms(options.out):
+    for arm in compared:
         runs = [results[arm, seed] for seed in options.seeds]
         cells = [summary([one[name] for one in runs]) if name in runs[0] else "" for name in ("student", "teacher")]
         rate = rates.get(arm, load_config(IMAS).trainer.optimizer.kwargs.lr)
         print(f"| {arm} | {rate} | {cells[0]} | {cells[1]} |")
         table[arm] = {"lr": rate, "runs": {str(seed): results[arm, seed] for seed in options.seeds}}
-    selected = {arm: [list(results[arm, seed].values())[-1] for seed in options.seeds] for arm in arms(options.out)}
-    for other in ("SupOnly", "SupOnly + strong views", "control: iMAS without new images"):
-        gains = [ours - theirs for ours, theirs in zip(selected["iMAS"], selected[other])]
-        print(f"iMAS (teacher) minus {other}: {summary(gains)}")
+    selected = {arm: [list(results[arm, seed].values())[-1] for seed in options.seeds] for arm in compared}
+    for other in compared:
+        if other not in ("iMAS", "ceiling: SupOnly, all labels"):
+            gains = [ours - theirs for ours, theirs in zip(selected["iMAS"], selected[other])]
+            print(f"iMAS (teacher) minus {other}: {summary(gains)}")
     (options.out / "results.json").write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -29,8 +29,8 @@ class Conv2d(nn.Conv2d):
         if not _in_rows(x):
             return super().forward(x)
         if self.kernel_size == (1, 1):
-            rows = x.permute(0, 2, 3, 1)[:, :: self.stride[0], :: self.stride[1]]
-            return F.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+            rows = _nhwc(x)[:, :: self.stride[0], :: self.stride[1]]
+            return F.linear(rows, _nhwc(self.weight).flatten(0, 2), self.bias).permute(0, 3, 1, 2)
         if self.stride == (1, 1) and self.bias is None and 3 * self.dilation[0] > max(x.shape[-2:]):
             return _TapByTap.apply(x, self.weight, self.dilation[0])
         return super().forward(x)
@@ -53,16 +53,16 @@ def convolve_joined(convolution: Conv2d, low: Tensor, high: Tensor) -> Tensor:
     height, width = low.shape[-2:]
     if not (_in_rows(low) and _in_rows(high)) or high.shape[-2:] == low.shape[-2:]:
         return convolution(torch.cat([low, resize(high, (height, width))], dim=1))
-    of_low, of_high = convolution.weight.split([low.shape[1], high.shape[1]], dim=1)
-    rows, (batch, _, h, w), outputs = high.permute(0, 2, 3, 1), high.shape, len(of_high)
+    of_low, of_high = _nhwc(convolution.weight).split([low.shape[1], high.shape[1]], dim=3)
+    rows, (batch, _, h, w), outputs = _nhwc(high), high.shape, len(of_high)
     lines = []  # what each row of the kernel makes of the rows of high, as wide as low
-    for kernel in of_high.permute(2, 3, 0, 1).unbind():  # (3, outputs, K)
-        taps = F.linear(rows, kernel.flatten(0, 1))  # (B, h, w, 3·outputs)
+    for kernel in of_high.unbind(1):  # (outputs, 3, K)
+        taps = F.linear(rows, kernel.transpose(0, 1).flatten(0, 1))  # (B, h, w, 3·outputs)
         line = _resize_and_add(w, width) @ taps.view(batch * h, 3 * w, outputs)
         lines.append(line.view(batch, h, width * outputs))
     joined = _resize_and_add(h, height) @ torch.stack(lines, dim=2).flatten(1, 2)  # (B, H, W·outputs)
     joined = joined.view(batch, height, width, outputs).permute(0, 3, 1, 2)
-    joined += F.conv2d(low, of_low, padding=1)
+    joined += F.conv2d(low, of_low.permute(0, 3, 1, 2), padding=1)
     return joined
 
 
@@ -78,6 +78,11 @@ def _in_rows(x: Tensor) -> bool:
     """Whether each pixel of (B, C, H, W) is a row of C numbers that a CPU multiplies as they are."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return plain and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _nhwc(tensor: Tensor) -> Tensor:
+    """(N, C, H, W) → (N, H, W, C), as it lies in memory."""
+    return tensor.permute(0, 2, 3, 1)
 
 
 def _taps(height: int, width: int, size: int, dilation: int) -> Iterator[tuple[tuple[int, int], _Slices, _Slices]]:
@@ -99,7 +104,7 @@ class _TapByTap(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.dilation = dilation
-        x, kernel = x.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1)
+        x, kernel = _nhwc(x), weight.permute(2, 3, 0, 1)
         size = len(kernel)
         result = x @ kernel[size // 2, size // 2].t()
         for tap, reads, writes in _taps(*x.shape[1:3], size, dilation):
@@ -109,7 +114,7 @@ class _TapByTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        x, gradient, kernel = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), weight.permute(2, 3, 0, 1)
+        x, gradient, kernel = _nhwc(x), _nhwc(gradient), weight.permute(2, 3, 0, 1)
         size = len(kernel)
         centre, everywhere = (size // 2, size // 2), (slice(None),) * 3
         taps = list(_taps(*x.shape[1:3], size, ctx.dilation))
