@@ -36,8 +36,9 @@ def _progress(epoch: int, iteration: int, per_epoch: int, seed: int = 0) -> Prog
 STEP_TOLERANCE = [1e-5, 1e-2, 5e-2]
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("case", golden.read("step"), ids=lambda case: case["name"].split(":")[0])
-def test_whole_steps_equal_the_authors(case: dict) -> None:
+def test_whole_steps_equal_the_authors(case: dict, layout: torch.memory_format) -> None:
     net = golden.network(case["model"])
     method = IMAS(
         golden.fill(build_model(net)),
@@ -48,6 +49,7 @@ def test_whole_steps_equal_the_authors(case: dict) -> None:
         sup_only_epoch=0,
         ema_decay=case["ema_decay"],
     ).train()
+    method.to(memory_format=layout)
     salted = golden.fill(build_model(net), salt="teacher:")
     with torch.no_grad():
         for name, tensor in method.teacher.state_dict().items():
