@@ -2,7 +2,7 @@
 
     python -m benchmarks.shapes                      # learning rates on search seeds, then the table on fresh ones
     python -m benchmarks.shapes --seeds 7 8 9 10     # other fresh seeds
-    python -m benchmarks.shapes --way trainer.amp=bf16 --way trainer.channels_last=false     # iMAS with these options too
+    python -m benchmarks.shapes --way trainer.amp=bf16 --way trainer.compile=true      # iMAS with these options too
 
 Every figure is a run of ``train_semi.py`` on one thread (so that it can be repeated), on its own draw of the data.
 All arms train the same network for the same number of iterations. Each SupOnly arm uses its own best learning rate
@@ -126,15 +126,15 @@ def main() -> None:
 
     print(f"\n{date.today()}, {platform.processor() or platform.machine()}, one thread a run, seeds {options.seeds}")
     print("mIoU in percent after the last epoch, mean ± standard deviation over seeds\n")
-    print("| arm | lr | student | teacher |\n|---|---|---|---|")
+    print("| arm | lr | student | teacher | the last of these by seed |\n|---|---|---|---|---|")
+    selected = {arm: [list(results[arm, seed].values())[-1] for seed in options.seeds] for arm in compared}
     table = {}
     for arm in compared:
         runs = [results[arm, seed] for seed in options.seeds]
         cells = [summary([one[name] for one in runs]) if name in runs[0] else "" for name in ("student", "teacher")]
         rate = rates.get(arm, load_config(IMAS).trainer.optimizer.kwargs.lr)
-        print(f"| {arm} | {rate} | {cells[0]} | {cells[1]} |")
+        print(f"| {arm} | {rate} | {cells[0]} | {cells[1]} | {', '.join(f'{each:.1f}' for each in selected[arm])} |")
         table[arm] = {"lr": rate, "runs": {str(seed): results[arm, seed] for seed in options.seeds}}
-    selected = {arm: [list(results[arm, seed].values())[-1] for seed in options.seeds] for arm in compared}
     for other in compared:
         if other not in ("iMAS", "ceiling: SupOnly, all labels"):
             gains = [ours - theirs for ours, theirs in zip(selected["iMAS"], selected[other])]
