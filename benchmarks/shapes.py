@@ -2,7 +2,7 @@
 
     python -m benchmarks.shapes                      # learning rates on search seeds, then the table on fresh ones
     python -m benchmarks.shapes --seeds 7 8 9 10     # other fresh seeds
-    python -m benchmarks.shapes --way trainer.amp=bf16 --way trainer.compile=true      # iMAS with these options too
+    python -m benchmarks.shapes --labeled 16 --way trainer.amp=bf16     # more labels; iMAS with this option too
 
 Every figure is a run of ``train_semi.py`` on one thread (so that it can be repeated), on its own draw of the data.
 All arms train the same network for the same number of iterations. Each SupOnly arm uses its own best learning rate
@@ -54,23 +54,29 @@ def run(folder: Path, base: Path, seed: int, overrides: list[str]) -> dict[str, 
     return {name: float(last[column]) for name, column in names.items() if last[column]}
 
 
-def arms(out: Path, ways: list[str]) -> dict[str, tuple[Path, list[str]]]:
-    """Name → YAML and what differs from it, learning rates left out. ``ways``: options of iMAS, an arm each."""
-    config = load_config(IMAS)
+def arms(out: Path, labeled: int | None, ways: list[str]) -> dict[str, tuple[Path, list[str]]]:
+    """Name → YAML and what differs from it, learning rates left out.
+
+    Args:
+        labeled: number of labeled images; None: that of the YAML.
+        ways: options of iMAS, an arm each.
+    """
+    count = [] if labeled is None else [f"dataset.shapes.labeled={labeled}"]
+    config = load_config(IMAS, count)
     shapes = config.dataset.shapes
     listed = out / "control.txt"
     listed.write_text("\n".join(read_lists(config).labeled) + "\n")
     size = config.dataset.train.epoch_size or shapes.unlabeled
     return {
-        "SupOnly": (SUP, []),
-        "SupOnly + strong views": (SUP, ["dataset.train.strong_aug={num_augs: 2, labeled: true}"]),
+        "SupOnly": (SUP, count),
+        "SupOnly + strong views": (SUP, [*count, "dataset.train.strong_aug={num_augs: 2, labeled: true}"]),
         "control: iMAS without new images": (
             IMAS,
-            [f"dataset.train.unlabeled_list={listed}", f"dataset.train.epoch_size={size}"],
+            [*count, f"dataset.train.unlabeled_list={listed}", f"dataset.train.epoch_size={size}"],
         ),
-        "iMAS": (IMAS, []),
+        "iMAS": (IMAS, count),
         "ceiling: SupOnly, all labels": (SUP, [f"dataset.shapes.labeled={shapes.labeled + shapes.unlabeled}"]),
-    } | {f"iMAS, {words}": (IMAS, words.split()) for words in ways}
+    } | {f"iMAS, {words}": (IMAS, [*count, *words.split()]) for words in ways}
 
 
 def best_rates(
@@ -110,10 +116,11 @@ def main() -> None:
     parser.add_argument("--search-seeds", type=int, nargs="+", default=[1, 2], help="seeds for the learning rates")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/shapes"), help="folder of the runs")
+    parser.add_argument("--labeled", type=int, help="labeled images; default: as in the YAML")
     parser.add_argument("--way", action="append", default=[], help="options of one more iMAS arm")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    compared = arms(options.out, options.way)
+    compared = arms(options.out, options.labeled, options.way)
     with ThreadPoolExecutor(options.jobs) as pool:
         rates = best_rates(compared, options.out, options.search_seeds, pool)
         jobs = {}

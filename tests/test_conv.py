@@ -77,3 +77,17 @@ def test_taps_before_the_resize_are_fewer() -> None:
     plain = _flops(convolution, torch.cat([low, resize(high, (33, 33))], dim=1))
     assert _flops(convolve_joined, convolution, low, high) < 0.4 * plain
     assert _flops(convolve_joined, convolution, low.contiguous(), high) == plain  # elsewhere as it was
+
+
+def test_a_compiler_is_given_plain_convolutions() -> None:
+    named: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]):
+        named.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    ours = Conv2d(6, 4, 1).to(memory_format=torch.channels_last)
+    x = _in_rows(1, 2, 6, 9, 7)
+    torch.testing.assert_close(torch.compile(ours, backend=backend)(x), ours(x))
+    assert any("conv2d" in name for name in named) and not any("linear" in name for name in named)
+    torch._dynamo.reset()

@@ -75,9 +75,11 @@ def _resize_and_add(small: int, large: int) -> Tensor:
 
 
 def _in_rows(x: Tensor) -> bool:
-    """Whether each pixel of (B, C, H, W) is a row of C numbers that a CPU multiplies as they are."""
+    """Whether each pixel of (B, C, H, W) is a row of C numbers that a CPU multiplies as they are. A compiler is given
+    plain convolutions: over these products it thinks for many minutes.
+    """
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return plain and x.is_contiguous(memory_format=torch.channels_last)
+    return plain and not torch.compiler.is_compiling() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _nhwc(tensor: Tensor) -> Tensor:
