@@ -58,7 +58,6 @@ CASES = {
     "cityscapes": Case("resnet50", 64, 19, (1024, 2048), 769, 1),
     "large": Case("resnet18", 8, 19, (4000, 6000), 769, 1),
 }
-WAYS = ("ours", "plain twin")
 _IGNORE = 255
 
 
@@ -114,6 +113,9 @@ def twin(case: Case, network: nn.Module, samples: list, device: torch.device) ->
             total[window] += network(images[window])[0].softmax(dim=1)
         counts += histograms(total.argmax(dim=1)[0], target, case.classes)
     return counts
+
+
+WAYS = {"ours": ours, "plain twin": twin}
 
 
 @torch.no_grad()
@@ -173,7 +175,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, list[flo
         RuntimeError: ours and the twin count differently.
     """
     samples, parts = samples_of(case), {}
-    for way, function, count in zip(WAYS, (ours, twin), counting(case, samples, device)):
+    for (way, function), count in zip(WAYS.items(), counting(case, samples, device)):
         whole = (case, network_of(case, way, device), samples, device)
         parts |= {way: (function, *whole), f"network, {way}": (alone, *whole), f"counting, {way}": (count,)}
     seconds: dict[str, list[float]] = {part: [] for part in parts}
@@ -192,9 +194,8 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, list[flo
 
 def peak_of(name: str, way: str, device: torch.device) -> float:
     """MiB that an evaluation needs, in a process of its own."""
-    case, function = CASES[name], {"ours": ours, "plain twin": twin}[way]
-    before = resident_peak()
-    function(case, network_of(case, way, device), samples_of(case)[:1], device)
+    case, before = CASES[name], resident_peak()
+    WAYS[way](case, network_of(case, way, device), samples_of(case)[:1], device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return (resident_peak() - before) / 2**20

@@ -119,6 +119,8 @@ def main() -> None:
     parser.add_argument("--labeled", type=int, help="labeled images; default: as in the YAML")
     parser.add_argument("--way", action="append", default=[], help="options of one more iMAS arm")
     options = parser.parse_args()
+    if options.labeled is not None:  # an arm's folder keeps the figures of one number of labels
+        options.out /= f"{options.labeled} labels"
     options.out.mkdir(parents=True, exist_ok=True)
     compared = arms(options.out, options.labeled, options.way)
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -118,13 +118,13 @@ class _TapByTap(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         x, gradient, kernel = _nhwc(x), _nhwc(gradient), weight.permute(2, 3, 0, 1)
         size = len(kernel)
-        centre, everywhere = (size // 2, size // 2), (slice(None),) * 3
-        taps = list(_taps(*x.shape[1:3], size, ctx.dilation))
-        of_x = gradient @ kernel[centre]
+        centre, taps = (size // 2, size // 2), list(_taps(*x.shape[1:3], size, ctx.dilation))
         of_weight = (torch.empty_like if len(taps) == size**2 - 1 else torch.zeros_like)(weight)
-        for tap, reads, writes in [(centre, everywhere, everywhere), *taps]:
-            part = gradient[writes]
-            if tap != centre:
-                of_x[reads] += part @ kernel[tap]
-            torch.mm(part.flatten(0, 2).t(), x[reads].flatten(0, 2), out=of_weight.permute(2, 3, 0, 1)[tap])
+        of_kernel = of_weight.permute(2, 3, 0, 1)
+        of_x = gradient @ kernel[centre]
+        torch.mm(gradient.flatten(0, 2).t(), x.flatten(0, 2), out=of_kernel[centre])
+        for tap, reads, writes in taps:
+            part, seen = gradient[writes].flatten(0, 2), x[reads]
+            of_x[reads] += (part @ kernel[tap]).view_as(seen)
+            torch.mm(part.t(), seen.flatten(0, 2), out=of_kernel[tap])
         return of_x.permute(0, 3, 1, 2), of_weight, None
