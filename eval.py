@@ -41,7 +41,7 @@ from imas.engine.sliding import Predictor, Protocol
 from imas.files import replacing
 from imas.models.deeplabv3plus import DeepLabV3Plus
 from imas.schema import Config
-from imas.strict import Together, UserError, run_script
+from imas.errors import Together, UserError, run_script
 
 log = logging.getLogger("imas")
 _WITH_TRUTH = ("list", "root", "boundary", "json", "csv", "confusion")

@@ -10,7 +10,7 @@ import yaml
 
 from imas.config import load_config, read_net
 from imas.schema import Config
-from imas.strict import ConfigError
+from imas.errors import ConfigError
 
 # Every key of the published schema, with values that differ from the defaults where they can.
 OLD_PASCAL = """\

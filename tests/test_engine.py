@@ -23,7 +23,7 @@ from imas.engine.optim import build_optimizer, cosine_lr, learning_rate
 from imas.engine.pictures import _fitted, prediction_sheet
 from imas.engine.sliding import Predictor, Protocol
 from imas.schema import Optimizer, OptimizerKwargs, Scheduler, SchedulerKwargs
-from imas.strict import UserError
+from imas.errors import UserError
 
 
 def test_poly_equals_the_authors() -> None:

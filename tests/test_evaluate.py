@@ -25,7 +25,7 @@ from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, SHAPES
 from imas.engine.predict import find_images
 from imas.engine.sliding import Predictor, Protocol, labels, labels_and_confidence, protocol_bands
 from imas.ops.metrics import BoundaryIoU
-from imas.strict import UserError
+from imas.errors import UserError
 
 
 def _network(classes: int = 5) -> nn.Module:

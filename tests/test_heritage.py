@@ -26,7 +26,7 @@ from imas.engine.optim import build_optimizer, explain_batch
 from imas.methods.base import Batch, Progress
 from imas.models.pretrained import load_encoder
 from imas.models.resnet import ResNet
-from imas.strict import UserError
+from imas.errors import UserError
 
 Experiment = Callable[..., Path]
 

@@ -17,7 +17,7 @@ from imas.data.dataset import Draw, Geometry, LabeledSet
 from imas.data.source import DataError, FileSource, open_source
 from imas.data.weak import resized_size, weak_view
 from imas.schema import Dataset, TrainData
-from imas.strict import UserError
+from imas.errors import UserError
 
 
 def _noise(rng: np.random.Generator, width: int, height: int) -> Image.Image:

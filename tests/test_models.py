@@ -14,7 +14,7 @@ from imas import build_model, teacher_decay
 from imas.models.ema import make_teacher, update_teacher
 from imas.models.pretrained import load_encoder
 from imas.models.resnet import RESNETS, ResNet
-from imas.strict import UserError
+from imas.errors import UserError
 
 
 def _tiny(**encoder_kwargs) -> dict:

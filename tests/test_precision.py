@@ -32,7 +32,7 @@ from imas.ops.losses import pixel_cross_entropy
 from imas.ops.pseudo import predict
 from imas.ops.resize import resize
 from imas.schema import Config
-from imas.strict import ConfigError, UserError
+from imas.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
 

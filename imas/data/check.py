@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from ..schema import Config
-from ..strict import UserError
+from ..errors import UserError
 from .lists import Lists, read_lists, val_root
 from .source import DataError, Source, open_source
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..schema import Config
-from ..strict import UserError
+from ..errors import UserError
 from .catalog import catalog_of
 from .check import some, source_of
 from .dataset import read_pair

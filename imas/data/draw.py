@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..schema import Folder
-from ..strict import UserError
+from ..errors import UserError
 from . import folder
 from .source import FileSource
 from .splits import digest, need_folder, write_list

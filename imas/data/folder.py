@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..schema import Folder
-from ..strict import UserError
+from ..errors import UserError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..schema import Dataset
-from ..strict import UserError
+from ..errors import UserError
 from . import folder, shapes
 from .catalog import CITYSCAPES_IDS, cityscapes_files, pascal_files
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..methods.base import Method
 from ..schema import Trainer
-from ..strict import UserError
+from ..errors import UserError
 
 _FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

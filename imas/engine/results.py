@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files import replacing
 from ..ops.metrics import ConfusionMatrix
-from ..strict import UserError
+from ..errors import UserError
 
 _COLUMNS = ("iou", "accuracy", "pixels", "boundary_iou")  # of ``figures``, by class
 _MEANS = {  # rows below the classes: their figures in the same columns

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from ..files import replacing
-from ..strict import UserError
+from ..errors import UserError
 from .charts import Line, number, sparkline
 from .curves import Runs, over_epochs, pseudo_labels
 from .markup import Markup, document, folded, heading, label, picture, table
