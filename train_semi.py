@@ -30,10 +30,10 @@ from imas.engine import checkpoint, lock
 from imas.engine.log import start_logging
 from imas.engine.optim import AVERAGES, explain_batch
 from imas.engine.session import Session
+from imas.errors import Together, UserError, run_script
 from imas.methods import METHODS
 from imas.report import write as write_page
 from imas.schema import Config
-from imas.errors import Together, UserError, run_script
 
 log = logging.getLogger("imas")
 _QUICK = 50  # images of each list that --check looks at

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from imas.config import load_config, read_net
-from imas.schema import Config
 from imas.errors import ConfigError
+from imas.schema import Config
 
 # Every key of the published schema, with values that differ from the defaults where they can.
 OLD_PASCAL = """\

@@ -24,8 +24,8 @@ from imas import ConfusionMatrix, build_model, load_config, predict_sliding
 from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, SHAPES
 from imas.engine.predict import find_images
 from imas.engine.sliding import Predictor, Protocol, labels, labels_and_confidence, protocol_bands
-from imas.ops.metrics import BoundaryIoU
 from imas.errors import UserError
+from imas.ops.metrics import BoundaryIoU
 
 
 def _network(classes: int = 5) -> nn.Module:

@@ -16,8 +16,8 @@ from imas.data.cache import CachedSource
 from imas.data.dataset import Draw, Geometry, LabeledSet
 from imas.data.source import DataError, FileSource, open_source
 from imas.data.weak import resized_size, weak_view
-from imas.schema import Dataset, TrainData
 from imas.errors import UserError
+from imas.schema import Dataset, TrainData
 
 
 def _noise(rng: np.random.Generator, width: int, height: int) -> Image.Image:

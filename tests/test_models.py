@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from imas import build_model, teacher_decay
+from imas.errors import UserError
 from imas.models.ema import make_teacher, update_teacher
 from imas.models.pretrained import load_encoder
 from imas.models.resnet import RESNETS, ResNet
-from imas.errors import UserError
 
 
 def _tiny(**encoder_kwargs) -> dict:

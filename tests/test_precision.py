@@ -26,13 +26,13 @@ from imas.build import build_method
 from imas.config import load_config
 from imas.engine import checkpoint, memory, precision
 from imas.engine.optim import build_optimizer
+from imas.errors import ConfigError, UserError
 from imas.methods.base import Batch, Method, Progress, Step
 from imas.ops.counting import count
 from imas.ops.losses import pixel_cross_entropy
 from imas.ops.pseudo import predict
 from imas.ops.resize import resize
 from imas.schema import Config
-from imas.errors import ConfigError, UserError
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from ..schema import Config
 from ..errors import UserError
+from ..schema import Config
 from .lists import Lists, read_lists, val_root
 from .source import DataError, Source, open_source
 

@@ -10,8 +10,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..schema import Config
 from ..errors import UserError
+from ..schema import Config
 from .catalog import catalog_of
 from .check import some, source_of
 from .dataset import read_pair

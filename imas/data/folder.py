@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..schema import Folder
 from ..errors import UserError
+from ..schema import Folder
 
 IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif")

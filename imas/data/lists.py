@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..schema import Config
 from ..errors import Together, UserError
+from ..schema import Config
 from . import folder
 from .source import shapes_names
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from ..schema import Config
 from ..errors import UserError
+from ..schema import Config
 from .cache import CachedSource
 from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
 from .lists import Lists, val_root

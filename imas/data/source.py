@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..schema import Dataset
 from ..errors import UserError
+from ..schema import Dataset
 from . import folder, shapes
 from .catalog import CITYSCAPES_IDS, cityscapes_files, pascal_files
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.pretrained import compare_states, describe_misfits, load_safely
 from ..errors import UserError
 from ..legacy import STATE_KEYS
 from ..methods.base import Method
+from ..models.pretrained import compare_states, describe_misfits, load_safely
 
 log = logging.getLogger("imas")
 

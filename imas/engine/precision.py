@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..methods.base import Method
 from ..schema import Trainer
-from ..errors import UserError
 
 _FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from .. import distributed
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
+from ..errors import UserError
 from ..methods.base import Method, Progress
 from ..schema import Config
-from ..errors import UserError
 from . import checkpoint
 from .interrupt import Interrupted, Interruption
 from .meter import Meter

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ..files import replacing
 from ..errors import UserError
+from ..files import replacing
 from .charts import Line, number, sparkline
 from .curves import Runs, over_epochs, pseudo_labels
 from .markup import Markup, document, folded, heading, label, picture, table
