@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..methods.base import Method
+from ..models.deeplabv3plus import PARTS
 from ..schema import Trainer
 from ..strict import UserError
 
@@ -27,7 +28,8 @@ def prepare(method: Method, trainer: Trainer, device: torch.device) -> None:
         prepare_network(network, trainer)
         network.encoder.recompute = trainer.checkpoint_encoder
         if trainer.compile:
-            network.coarse = torch.compile(network.coarse)
+            for part in PARTS:
+                setattr(network, part, torch.compile(getattr(network, part)))
 
 
 def prepare_network(network: nn.Module, trainer: Trainer) -> None:

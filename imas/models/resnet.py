@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .conv import Conv2d
 
-
-def _conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> Conv2d:
-    return Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
+def _conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -54,11 +52,11 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, planes: int, stride: int, dilation: int, downsample: nn.Module | None) -> None:
         super().__init__()
-        self.conv1 = Conv2d(inputs, planes, 1, bias=False)
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = _conv3x3(planes, planes, stride, dilation)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
@@ -197,7 +195,7 @@ def _stage(
     outputs = planes * block.expansion
     downsample = None
     if stride != 1 or inputs != outputs:
-        downsample = nn.Sequential(Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
     blocks = [block(inputs, planes, stride, dilations[0], downsample)]
     blocks += [block(outputs, planes, 1, dilation, None) for dilation in dilations[1:]]
     return nn.Sequential(*blocks)
