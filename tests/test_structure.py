@@ -30,6 +30,7 @@ ALLOWED = {
     "imas/engine": {
         "engine",
         "methods.base",
+        "models.deeplabv3plus",
         "models.pretrained",
         "data",
         "ops",
