@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,9 +56,10 @@ _SUP_ONLY = {"dataset.train.strong_aug.labeled": "sup_only.strong_views"}
 _FORMER = {"imas": _IMAS, "sup_only": _SUP_ONLY}
 _VALUES: dict[str, Callable[[Any], Any]] = {"imas.hardness.flag_using_v1": {True: 1, False: 2}.__getitem__}
 
-# Keys of a method that a file without that method may still have: the authors write one file for both.
+# Keys that former files may have although the method has no use for them.
 _IDLE = {
-    "sup_only": ("trainer.sup_only_epoch", "net.ema_decay", "trainer.unsupervised", "dataset.train.hardness_aware")
+    "imas": ("dataset.train.strong_aug.labeled",),
+    "sup_only": ("trainer.sup_only_epoch", "net.ema_decay", "trainer.unsupervised", "dataset.train.hardness_aware"),
 }
 
 
@@ -102,9 +104,11 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             if _pop(raw, key) not in (MISSING, None):
                 remarks.append(f"{key}: means nothing to {method}")
     for key, today in _FORMER.get(method, {}).items():
-        value = _pop(raw, key)
+        value, section = _pop(raw, key), today.rpartition(".")[0]
         if value is not MISSING:
             _move(raw, key, today, value, reader, remarks)
+        if section in reader.written:
+            reader.former.setdefault(section, []).append(key.rpartition(".")[2])
     return raw, remarks
 
 
@@ -139,7 +143,8 @@ def _move(raw: dict[str, Any], key: str, today: str, value: Any, reader: Reader,
                 written, f"{show(value)} is not a value that this former key could have", reader.lines.get(key)
             )
             return
-    put(raw, today, value)
+    with contextlib.suppress(ValueError):  # the section is none, which the reader will say
+        put(raw, today, value)
     remarks.append(f"{written} → {today}" + ("" if isinstance(value, dict) else f": {show(value)}"))
 
 

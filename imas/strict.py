@@ -60,13 +60,15 @@ class Reader:
         source: what to call the input in messages, usually the file.
 
     ``lines`` holds the line of each dotted key, where known; ``written`` holds how the user wrote a key that goes by
-    another name today; ``overridden`` holds the keys that the command line sets.
+    another name today, and ``former`` the former names within a section; ``overridden`` holds the keys that the command
+    line sets.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.lines: dict[str, int] = {}
         self.written: dict[str, str] = {}
+        self.former: dict[str, list[str]] = {}
         self.overridden: set[str] = set()
         self.errors: dict[str, str] = {}  # by dotted key
 
@@ -98,7 +100,7 @@ class Reader:
             if key in fields:
                 values[key] = self._value(fields[key], hints[key], value, here)
             else:
-                self.unknown(here, str(key), fields)
+                self.unknown(here, str(key), [*fields, *self.former.get(path, ())])
         for field in fields.values():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and field.name not in values:

@@ -15,11 +15,7 @@ from imas.errors import UserError
 from imas.models.ema import make_teacher, update_teacher
 from imas.models.pretrained import load_encoder
 from imas.models.resnet import RESNETS, ResNet
-<<<<<<< HEAD
-=======
 from imas.ops.resize import resize
-from imas.strict import UserError
->>>>>>> models
 
 
 def _tiny(**encoder_kwargs) -> dict:

@@ -82,7 +82,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {error}") from None
     if not isinstance(state, dict) or not network_names(state):
         raise UserError(
-            f"{path}: not a training checkpoint; expected a dict with {state_key('student')} or another network's state"
+            f"{path}: not a training checkpoint; expected a dict with the state of a network ({', '.join(STATE_KEYS.values())})"
         )
     return state
 

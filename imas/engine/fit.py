@@ -223,7 +223,9 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     figures = (f"{name} mIoU {value:.2f} (best {run.best[name]:.2f})" for name, value in results.items())
     log.info("epoch %d: %s", epoch, ", ".join(figures))
     columns = {column(name): value for name, value in results.items()}
-    columns |= {"best": run.best[selecting], "best-stu": run.best.get("student", "")}
+    columns["best"] = run.best[selecting]
+    others = [name for name in results if name != selecting] or [selecting]
+    columns |= {column(name).replace("miou_", "best-"): run.best[name] for name in others}
     return columns, results[selecting] > before[selecting]
 
 
