@@ -45,7 +45,7 @@ def test_cosine_and_milestones() -> None:
 
 @pytest.mark.parametrize("kind", ["SGD", "adam"])
 def test_two_learning_rates(kind: str) -> None:
-    groups = [{"name": name, "params": [nn.Parameter(torch.zeros(1))]} for name in ("encoder", "heads")]
+    groups = [{"name": name, "part": name, "params": [nn.Parameter(torch.zeros(1))]} for name in ("encoder", "heads")]
     options = Optimizer(OptimizerKwargs(lr=0.001, weight_decay=0.1), kind, head_lr_times=10.0)
     optimizer = build_optimizer(groups, options)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001, 0.01])
