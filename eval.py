@@ -1,6 +1,6 @@
 """Evaluate a network of a checkpoint, or predict images with it, on a CPU, a GPU, or several by torchrun.
 
-As training does it after each epoch, on the validation list of the configuration that the checkpoint carries:
+As training does after each epoch, on the validation list of the configuration that the checkpoint carries:
 
     python eval.py --checkpoint exps/shapes_imas/checkpoints/ckpt_best.pth
     torchrun --standalone --nproc_per_node=4 eval.py --checkpoint FILE --network student --json out.json
@@ -24,8 +24,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from imas import distributed
-from imas.build import build_model
+from imas.build import build_method, build_model
 from imas.config import carried_config, load_config
 from imas.data.catalog import CITYSCAPES_IDS, catalog_of
 from imas.data.check import check_data
@@ -40,7 +42,6 @@ from imas.engine.results import confusion_picture, need_writable, write_csv, wri
 from imas.engine.sliding import Predictor, Protocol
 from imas.errors import Together, UserError, run_script
 from imas.files import replacing
-from imas.models.deeplabv3plus import DeepLabV3Plus
 from imas.schema import Config
 
 log = logging.getLogger("imas")
@@ -54,40 +55,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a file written by training")
     parser.add_argument("--config", type=Path, help="an experiment's YAML (default: what the checkpoint carries)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key of it")
-    parser.add_argument("--network", choices=("teacher", "student"), help="default: the teacher, if there is one")
-    how = parser.add_argument_group("how images are seen (default: in windows of dataset.val.crop.size)")
-    how.add_argument("--whole", action="store_true", help="in one window as large as the image")
+    parser.add_argument("--network", metavar="NAME", help="default: the one that selected the best checkpoint")
+    how = parser.add_argument_group("views of an image (default: windows of dataset.val.crop.size)")
+    how.add_argument("--whole", action="store_true", help="one window as large as the image")
     how.add_argument("--flip", action="store_true", help="average probabilities with those of the mirrored image")
-    how.add_argument(
-        "--scales",
-        nargs="+",
-        type=float,
-        default=[1.0],
-        metavar="S",
-        help="average over the image resized by these factors",
-    )
-    how.add_argument(
-        "--accumulate",
-        choices=("device", "cpu"),
-        default="device",
-        help="where probabilities are summed (default: device; an image for which it is too small, on the CPU)",
-    )
+    factors = {"nargs": "+", "type": float, "default": [1.0], "metavar": "S"}
+    how.add_argument("--scales", **factors, help="average over the image resized by these factors")
+    where = "where to sum probabilities (default: device; on the CPU an image for which it is too small)"
+    how.add_argument("--accumulate", choices=("device", "cpu"), default="device", help=where)
     truth = parser.add_argument_group("evaluation")
     truth.add_argument("--list", type=Path, metavar="FILE", help="these images, not dataset.val.data_list")
-    truth.add_argument(
-        "--root", type=Path, metavar="DIR", help="where they and their masks lie, not dataset.val.data_root"
-    )
+    truth.add_argument("--root", type=Path, metavar="DIR", help="their folder, not dataset.val.data_root")
     truth.add_argument("--json", type=Path, metavar="FILE", help="write all figures, unrounded, with the protocol")
     truth.add_argument("--csv", type=Path, metavar="FILE", help="the same, a row a class")
     truth.add_argument("--confusion", type=Path, metavar="FILE.png", help="a picture of the confusion matrix")
     free = parser.add_argument_group("prediction, without ground truth")
-    free.add_argument(
-        "--images", nargs="+", metavar="DIR|FILE|GLOB", help="image files (quote a pattern); sub-folders are kept"
-    )
+    images = "image files (quote a pattern); sub-folders are kept"
+    free.add_argument("--images", nargs="+", metavar="DIR|FILE|GLOB", help=images)
     free.add_argument("--save-dir", type=Path, metavar="OUT", help="folder for the predictions")
-    free.add_argument(
-        "--cityscapes-ids", action="store_true", help="write labelIds, as the Cityscapes test server wants them"
-    )
+    ids = "write labelIds, as the Cityscapes test server wants them"
+    free.add_argument("--cityscapes-ids", action="store_true", help=ids)
     return parser.parse_args(arguments)
 
 
@@ -100,12 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     state = checkpoint.read(options.checkpoint)
     config = read_config(options, state)
     protocol = Protocol(None if options.whole else config.dataset.val.crop.size, options.flip, tuple(options.scales))
-    name = options.network or ("teacher" if state.get("teacher_state") else "student")
-    network = build_model(config.net, pretrained=False)
-    checkpoint.load_network(network, name, state, options.checkpoint)
-    prepare_network(network, config.trainer)
+    name, network = load_network(options, config, state)
     about = {"network": name, "checkpoint": str(options.checkpoint), "epoch": state.get("epoch")}
-    (evaluate if options.images is None else predict)(options, config, network.eval(), protocol, about)
+    (evaluate if options.images is None else predict)(options, config, network, protocol, about)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -114,14 +98,13 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         UserError: all of them.
     """
-    together = Together()
-    given = vars(options)
-    foreign = [name for name in (_WITHOUT_TRUTH if options.images is None else _WITH_TRUTH) if given[name]]
-    if foreign:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
-        together.errors.append(
-            f"{flags}: only with --images" if options.images is None else f"{flags}: --images has no ground truth"
-        )
+    together, given = Together(), vars(options)
+    names, why = _WITH_TRUTH, "--images has no ground truth"
+    if options.images is None:
+        names, why = _WITHOUT_TRUTH, "only with --images"
+    flags = [f"--{name.replace('_', '-')}" for name in names if given[name]]
+    if flags:
+        together.errors.append(f"{', '.join(flags)}: {why}")
     if options.images is not None and options.save_dir is None:
         together.errors.append("--images: needs --save-dir OUT, the folder for the predictions")
     if not all(0 < scale < float("inf") for scale in options.scales):
@@ -159,8 +142,29 @@ def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
     return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, val=val))
 
 
+def load_network(options: argparse.Namespace, config: Config, state: dict[str, Any]) -> tuple[str, nn.Module]:
+    """The network to evaluate and its name: one that the method scores, or any network of the checkpoint.
+
+    Raises:
+        UserError: no network of this name, or one that does not fit the configuration.
+    """
+    method, there = build_method(config, pretrained=False), checkpoint.network_names(state)
+    networks = method.networks()
+    scored = method.scored() if set(networks) <= set(there) else {}
+    name = options.network or next(iter(scored), "student" if "student" in there else there[0])
+    if name not in {*scored, *there}:
+        names = ", ".join(dict.fromkeys([*scored, *there]))
+        raise UserError(f"--network {name}: {options.checkpoint} has {names}")
+    if name not in scored:
+        networks = {name: networks.get(name) or build_model(config.net, pretrained=False)}
+    for each, network in networks.items():
+        checkpoint.load_network(network, each, state, options.checkpoint)
+        prepare_network(network, config.trainer)
+    return name, {**networks, **scored}[name].eval()
+
+
 def evaluate(
-    options: argparse.Namespace, config: Config, network: DeepLabV3Plus, protocol: Protocol, about: dict[str, Any]
+    options: argparse.Namespace, config: Config, network: nn.Module, protocol: Protocol, about: dict[str, Any]
 ) -> None:
     """Count on labeled images; print the table, and write what was asked for."""
     lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
@@ -188,7 +192,7 @@ def evaluate(
 
 
 def predict(
-    options: argparse.Namespace, config: Config, network: DeepLabV3Plus, protocol: Protocol, about: dict[str, Any]
+    options: argparse.Namespace, config: Config, network: nn.Module, protocol: Protocol, about: dict[str, Any]
 ) -> None:
     """Write predictions of image files.
 
