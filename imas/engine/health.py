@@ -38,7 +38,7 @@ class Health:
         self.rows: list[Row] = []  # the last of them
         self.highest: Row = {}  # value of each column before the last row
         self.best_epoch = 0
-        self.died = ""  # the first class whose IoU or share fell to nothing, and when
+        self.died = ""  # the first class to die, and when
         self.silent: set[str] = set()
         self.checks = [self._death, self._fall, self._waiting, self._no_score, self._full_score, self._disagreement]
         self.checks += [self._collapse, self._silence]
@@ -60,15 +60,15 @@ class Health:
         row, now = self.rows[-1], {}
         for name in self.class_names:
             iou, share, labeled = f"iou/{name}", f"predicted/{name}", row.get(f"labeled/{name}", 0)
-            if row.get(iou, _DEAD) < _DEAD and self.highest.get(iou, 0) > _ALIVE:
-                now[name] = f"its IoU was {self.highest[iou]:.1f} at best and is {row[iou]:.1f}"
-            elif row.get(share, 1) < _LITTLE * labeled and self.highest.get(share, 0) > _FEW * labeled:
-                now[name] = f"{100 * row[share]:.2f} % of the pseudo labels, {100 * labeled:.1f} % of the labels"
+            best = self.highest.get(iou, 0)
+            if best > _ALIVE and (row.get(iou, best) < _DEAD or row.get(share, 1) < _LITTLE * labeled):
+                figures = [f"IoU {row[iou]:.1f}"] if iou in row else []
+                figures += [f"{100 * row[share]:.2f} % of the pseudo labels"] if share in row else []
+                now[name] = f"{name}: {', '.join(figures)}, after an IoU of {best:.1f}"
         if not now:
             return None
         self.died = f"{', '.join(now)} in epoch {row['epoch']:.0f}"
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in now.items())
-        return f"the first class to die is {self.died} ({reasons}). {self._advice(*_GENTLER)}"
+        return f"the first class to die is {self.died} ({'; '.join(now.values())}): {self._advice(*_GENTLER)}"
 
     def _fall(self) -> str | None:
         best = self.highest.get(self.selecting, 0)
@@ -134,7 +134,7 @@ class Health:
             return None
         return (
             f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than "
-            f"{100 * share:.0f} % of what the labeled images hold, for {self.lasting} epochs. {self._advice(*_GENTLER)}"
+            f"{100 * share:.0f} % of what the labeled images hold, for {self.lasting} epochs: {self._advice(*_GENTLER)}"
         )
 
     def _silence(self) -> str | None:
