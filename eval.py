@@ -29,10 +29,9 @@ from torch import nn
 from imas import distributed
 from imas.build import build_method, build_model
 from imas.config import carried_config, load_config
-from imas.data.catalog import CITYSCAPES_IDS, catalog_of
+from imas.data.catalog import CITYSCAPES_IDS
 from imas.data.check import check_data
 from imas.data.lists import read_lists
-from imas.data.normalise import Normalise
 from imas.engine import checkpoint
 from imas.engine.evaluate import Evaluation, figures, format_table
 from imas.engine.log import start_logging
@@ -199,21 +198,13 @@ def predict(
     Raises:
         Incomplete: after all others were written, if files could not be read or would share their outputs.
     """
-    items, problems = find_images(options.images, options.save_dir)
-    count = len(items) + len(problems)
-    log.info("%s of %s (epoch %s) on %d images, %s", *about.values(), len(items), protocol)
+    images, problems = find_images(options.images, options.save_dir)
+    count = len(images) + len(problems)
+    log.info("%s of %s (epoch %s) on %d images, %s", *about.values(), len(images), protocol)
     with distributed.process_group() as device:
-        dataset = config.dataset
-        problems += predict_images(
-            network.to(device),
-            items,
-            Predictor(protocol, device, options.accumulate),
-            Normalise(dataset.mean, dataset.std, device),
-            catalog_of(dataset),
-            options.save_dir,
-            ids=CITYSCAPES_IDS if options.cityscapes_ids else None,
-            workers=dataset.workers,
-        )
+        predictor = Predictor(protocol, device, options.accumulate)
+        ids = CITYSCAPES_IDS if options.cityscapes_ids else None
+        problems += predict_images(network.to(device), images, predictor, config.dataset, options.save_dir, ids)
     if problems and distributed.is_main():
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise Incomplete(f"{len(problems)} of {count} images have no prediction (all others are written):\n{lines}")

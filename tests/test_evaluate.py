@@ -314,7 +314,7 @@ def test_names_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
 
     def names(*words: str, save_dir: str = "out") -> list[str]:
-        return sorted(str(item.name) for item in find_images(words, Path(save_dir))[0])
+        return sorted(map(str, find_images(words, Path(save_dir))[0]))
 
     everything = ["a", "grey", "sixteen", "sub/alpha", "sub/cmyk", "turned"]
     assert names("photos") == names(f"{tmp_path}/photos") == names("photos/**/*.*") == everything
