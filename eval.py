@@ -169,23 +169,22 @@ def evaluate(
     lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
     with distributed.process_group() as device:
         evaluation = Evaluation(config, lists, device, protocol, options.accumulate)
-        matrix = evaluation({about["network"]: network.to(device)})[about["network"]]
+        (matrix,) = evaluation({about["network"]: network.to(device)}).values()
     if not distributed.is_main():
         return
-    class_names, found = evaluation.catalog.class_names, figures(matrix, evaluation.catalog.class_names)
-    how = f"{len(lists.val)} images, {protocol}"
+    names, how = evaluation.catalog.class_names, f"{len(lists.val)} images, {protocol}"
     what = "{network} of {checkpoint} (epoch {epoch})".format_map(about)
-    log.info("%s on %s, in percent:\n%s", what, how, format_table(matrix, class_names))
     means = f"mIoU {100 * matrix.miou:.2f}, fwIoU {100 * matrix.fwiou:.2f}"
+    log.info("%s on %s, in percent:\n%s", what, how, format_table(matrix, names))
     log.info("%s (%s, %s)", means, about["network"], how)
     record = about | {"list": config.dataset.val.data_list, "images": len(lists.val)} | protocol.to_dict()
     if options.json is not None:
-        write_json(options.json, record | found)
+        write_json(options.json, record | figures(matrix, names))
     if options.csv is not None:
-        write_csv(options.csv, record, found)
+        write_csv(options.csv, record, figures(matrix, names))
     if options.confusion is not None:
         with replacing(options.confusion) as temporary:
-            confusion_picture(matrix, class_names, f"{means}: {what} on {how}.").save(temporary, "PNG")
+            confusion_picture(matrix, names, f"{means}: {what} on {how}.").save(temporary, "PNG")
     for path in filter(None, (options.json, options.csv, options.confusion)):
         log.info("written: %s", path)
 

@@ -25,6 +25,7 @@ from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, SHAPES
 from imas.engine.predict import find_images
 from imas.engine.sliding import Predictor, Protocol, labels, labels_and_confidence, protocol_bands
 from imas.errors import UserError
+from imas.methods import METHODS
 
 
 def _network(classes: int = 5) -> nn.Module:
@@ -216,6 +217,40 @@ def test_any_list_and_the_authors_checkpoints(trained, tmp_path: Path, capsys: p
     assert (figures["images"], figures["window"], figures["list"]) == (2, None, str(tmp_path / "some.txt"))
     with pytest.raises(UserError, match="carries no configuration.*--config"):
         _main("--checkpoint", checkpoint)
+
+
+class _Mean(nn.Module):
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return sum(network(images)[0] for network in self.networks) / len(self.networks)
+
+
+def test_any_network_of_the_method_or_the_checkpoint(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default is the network that selects the best checkpoint; a mean of several needs all of them."""
+    checkpoint, out = trained(), tmp_path / "out.json"
+    method = METHODS[load_config(checkpoint.with_name("config.yaml")).method]
+    monkeypatch.setattr(method, "scored", lambda self: {"mean": _Mean(*self.networks().values())})
+
+    def evaluated(path: Path, *words: str) -> tuple[str, float]:
+        _main("--checkpoint", path, "--json", out, *words)
+        return json.loads(out.read_text())["network"], json.loads(out.read_text())["miou"]
+
+    found = dict(evaluated(checkpoint, *words) for words in ((), ("--network", "student"), ("--network", "teacher")))
+    assert len({*found.values()}) == 3 and list(found) == ["mean", "student", "teacher"]
+    state = torch.load(checkpoint)
+    state["teacher_state"] = state["model_state"]
+    torch.save(state, checkpoint)
+    assert evaluated(checkpoint) == ("mean", pytest.approx(found["student"]))
+    with pytest.raises(UserError, match="--network nobody: .*ckpt.pth has mean, student, teacher"):
+        evaluated(checkpoint, "--network", "nobody")
+    del state["teacher_state"]
+    torch.save(state, checkpoint)
+    assert evaluated(checkpoint) == ("student", found["student"])
+    with pytest.raises(UserError, match="--network mean: .*ckpt.pth has student"):
+        evaluated(checkpoint, "--network", "mean")
 
 
 FOLDER = {"type": "folder", "folder": {"class_names": list("abcd")}, "val": {"crop": {"size": 48}}, "workers": 0}

@@ -59,64 +59,58 @@ class Health:
         """At once, the first class to die on the validation images or in the pseudo labels."""
         row, now = self.rows[-1], {}
         for name in self.class_names:
-            iou, share, labeled = f"iou/{name}", f"predicted/{name}", row.get(f"labeled/{name}", 0)
-            best = self.highest.get(iou, 0)
-            if best > _ALIVE and (row.get(iou, best) < _DEAD or row.get(share, 1) < _LITTLE * labeled):
-                figures = [f"IoU {row[iou]:.1f}"] if iou in row else []
-                figures += [f"{100 * row[share]:.2f} % of the pseudo labels"] if share in row else []
-                now[name] = f"{name}: {', '.join(figures)}, after an IoU of {best:.1f}"
-        if not now:
-            return None
-        self.died = f"{', '.join(now)} in epoch {row['epoch']:.0f}"
-        return f"the first class to die is {self.died} ({'; '.join(now.values())}): {self._advice(*_GENTLER)}"
+            iou, share = row.get(f"iou/{name}", _ALIVE), row.get(f"predicted/{name}", 1)
+            best, labeled = self.highest.get(f"iou/{name}", 0), row.get(f"labeled/{name}", 0)
+            if best > _ALIVE and iou < _DEAD:
+                now[name] = f"{name}: IoU {iou:.1f} after {best:.1f}"
+            elif best > _ALIVE and share < _LITTLE * labeled:
+                now[name] = f"{name}: {100 * share:.2f} % of the pseudo labels, {100 * labeled:.1f} % of the labels"
+        if now:
+            self.died = f"{', '.join(now)} in epoch {row['epoch']:.0f}"
+            return f"the first class to die is {self.died} ({'; '.join(now.values())}): {self._advice(*_GENTLER)}"
 
     def _fall(self) -> str | None:
         best = self.highest.get(self.selecting, 0)
         now = self.rows[-1].get(self.selecting, best)
-        if now >= best - _FALL:
-            return None
         died = f"; the first class to die was {self.died}" if self.died else ""
-        return (
-            f"mIoU has fallen to {now:.1f} from {best:.1f}, of which ckpt_best.pth is: {best - now:.1f} points lost "
-            f"since the best epoch, {self.best_epoch}{died}. If log/views.png shows wrong pseudo labels, "
-            + self._advice(*_GENTLER)
-        )
+        if now < best - _FALL:
+            return (
+                f"mIoU has fallen to {now:.1f} from {best:.1f}, of which ckpt_best.pth is: {best - now:.1f} points "
+                f"lost since the best epoch, {self.best_epoch}{died}. If log/views.png shows wrong pseudo labels, "
+                f"{self._advice(*_GENTLER)}"
+            )
 
     def _waiting(self) -> str | None:
         timed = [row for row in self.rows if "seconds" in row]  # a resumed run may find an epoch already done
         waited, passed = (sum(row[name] for row in timed) for name in ("seconds_waiting", "seconds"))
-        if len(self.rows) < self.lasting or waited <= _WAITING * passed:
-            return None
-        return (
-            f"training waits for data {100 * waited / passed:.0f} % of the time: more dataset.workers (now "
-            f"{self.config.dataset.workers}), dataset.cache: true or a faster disk may help"
-        )
+        if len(self.rows) == self.lasting and waited > _WAITING * passed:
+            return (
+                f"training waits for data {100 * waited / passed:.0f} % of the time: more dataset.workers (now "
+                f"{self.config.dataset.workers}), dataset.cache: true or a faster disk may help"
+            )
 
     def _no_score(self) -> str | None:
         name = "score" if "score" in self.rows[-1] else "pseudo"
-        if max(self._column(name), default=1) >= _LITTLE:
-            return None
         what = {"score": "the score", "pseudo": "the share of pixels that pass the threshold"}[name]
-        advice = self._advice("a lower .threshold", "a longer .sup_only_epoch", "more labeled images")
-        return f"{what} has been 0 for {self.lasting} epochs, no unlabeled image counts: {advice}"
+        if max(self._column(name), default=1) < _LITTLE:
+            advice = self._advice("a lower .threshold", "a longer .sup_only_epoch", "more labeled images")
+            return f"{what} has been 0 for {self.lasting} epochs, no unlabeled image counts: {advice}"
 
     def _full_score(self) -> str | None:
-        if min(self._column("score"), default=0) <= 1 - _LITTLE:
-            return None
-        return (
-            f"the score has been 1 for {self.lasting} epochs, the networks are sure of everything: see in "
-            "log/views.png whether they are right; if so, a higher strong_aug.num_augs may help"
-        )
+        if min(self._column("score"), default=0) > 1 - _LITTLE:
+            return (
+                f"the score has been 1 for {self.lasting} epochs, the networks are sure of everything: if "
+                "log/views.png shows that they are right, a higher dataset.train.strong_aug.num_augs may help"
+            )
 
     def _disagreement(self) -> str | None:
         agreement = self._column("agreement")
-        if max(agreement, default=1) >= _DISAGREEMENT:
-            return None
-        advice = self._advice("a lower trainer.optimizer.kwargs.lr", "a lower .ema_decay", "a lower .loss_weight")
-        return (
-            f"the networks have agreed on less than half of all pixels for {self.lasting} epochs "
-            f"({100 * agreement[-1]:.0f} % in this one): {advice}"
-        )
+        if max(agreement, default=1) < _DISAGREEMENT:
+            return (
+                f"the networks have agreed on less than half of all pixels for {self.lasting} epochs "
+                f"({100 * agreement[-1]:.0f} % in this one): "
+                + self._advice("a lower trainer.optimizer.kwargs.lr", "a lower .ema_decay", "a lower .loss_weight")
+            )
 
     def _collapse(self) -> str | None:
         """A class has taken the place of at least half of the others: of their whole share in the labeled images, or
@@ -130,23 +124,24 @@ class Health:
         onto = max(gained, key=gained.__getitem__, default="")
         share = _FEW if gained.get(onto, 0) > _MANY else _NONE
         lost = [name for name in gained if name != onto and gained[name] < share]
-        if not lost or 2 * len(lost) < len(gained) - 1:
-            return None
-        return (
-            f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than "
-            f"{100 * share:.0f} % of what the labeled images hold, for {self.lasting} epochs: {self._advice(*_GENTLER)}"
-        )
+        if lost and 2 * len(lost) >= len(gained) - 1:
+            return (
+                f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than "
+                f"{100 * share:.0f} % of what the labeled images hold, for {self.lasting} epochs: "
+                f"{self._advice(*_GENTLER)}"
+            )
 
     def _silence(self) -> str | None:
         """Once for each class."""
-        now = {name for name in self.class_names if max(self._column(f"confident/{name}"), default=1) == 0}
-        new = [name for name in self.class_names if name in now - self.silent]
-        self.silent |= now
-        advice = self._advice("a lower .threshold", "a longer .sup_only_epoch", "more labeled images of it")
-        return new and (
-            f"no pixel of {', '.join(new)} has passed the threshold for {self.lasting} epochs, so that the "
-            f"unsupervised loss cannot teach it: {advice}"
-        )
+        silent = {name for name in self.class_names if max(self._column(f"confident/{name}"), default=1) == 0}
+        new = [name for name in self.class_names if name in silent - self.silent]
+        self.silent |= silent
+        if new:
+            return (
+                f"no pixel of {', '.join(new)} has passed the threshold for {self.lasting} epochs, so that the "
+                "unsupervised loss cannot teach it: "
+                + self._advice("a lower .threshold", "a longer .sup_only_epoch", "more labeled images of it")
+            )
 
     def _column(self, name: str) -> list[float]:
         """The last values of a column, if every one of the last epochs has one; else none."""
@@ -155,11 +150,8 @@ class Health:
 
     def _advice(self, *hints: str) -> str:
         """Hints as words. One that ends in ``.KEY`` is for methods that have this option, and names its value."""
-        words = []
-        for hint in hints:
-            start, dot, key = hint.partition(" .")
-            if not dot:
-                words.append(hint)
-            elif hasattr(self.config.options, key):
-                words.append(f"{start} {self.config.method}.{key} (now {getattr(self.config.options, key)})")
-        return f"{', '.join(words[:-1])} or {words[-1]} may help" if words[1:] else f"{words[0]} may help"
+        section, words = self.config.method, []
+        for start, dot, key in (hint.partition(" .") for hint in hints):
+            value = getattr(self.config.options, key, None) if dot else None
+            words += [start] if not dot else [] if value is None else [f"{start} {section}.{key} (now {value})"]
+        return " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))) + " may help"
