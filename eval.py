@@ -150,7 +150,7 @@ def load_network(options: argparse.Namespace, config: Config, state: dict[str, A
     method, there = build_method(config, pretrained=False), checkpoint.network_names(state)
     networks = method.networks()
     scored = method.scored() if set(networks) <= set(there) else {}
-    name = options.network or next(iter(scored), "student" if "student" in there else there[0])
+    name = options.network or next(iter(scored), there[0])
     if name not in {*scored, *there}:
         names = ", ".join(dict.fromkeys([*scored, *there]))
         raise UserError(f"--network {name}: {options.checkpoint} has {names}")

@@ -379,7 +379,7 @@ def test_names_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (["--confusion", "{0}/o.jpg"], r"--confusion .*o\.jpg: expected a name that ends in \.png"),
         (["--list", "{0}/none.txt"], r"none\.txt: cannot read the list"),
         (["--root", "{0}"], "--root: the data set shapes has no folder"),
-        (["--set", "net.num_classes=five"], "ckpt.pth: net.num_classes: expected an integer"),
+        (["--set", "net.num_classes=five"], "--set: net.num_classes: expected an integer"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

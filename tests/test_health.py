@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import TINY, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -153,12 +153,8 @@ def test_a_run_that_goes_on_does_not_repeat_itself(health) -> None:
 def test_a_collapsing_run_says_so_and_shows_itself(experiment: Callable[..., Path]) -> None:
     """Without warm-up and with ten times the unsupervised loss everything becomes background (design/shapes.md)."""
     config = experiment(
-        trainer={
-            "epochs": 14,
-            "eval_every": 14,
-            "optimizer": {"kwargs": {"lr": 0.3}},
-            "unsupervised": {"threshold": 0.3, "loss_weight": 10.0, "use_cutmix": True},
-        }
+        trainer={"epochs": 14, "eval_every": 14, "optimizer": {"kwargs": {"lr": 0.3}}},
+        imas=TINY["imas"] | {"threshold": 0.3, "loss_weight": 10.0, "sup_only_epoch": 0},
     )
     trained = run("train_semi.py", "--config", config, "--set", "saver.pictures_every=7")
     assert trained.returncode == 0, trained.stderr
