@@ -1,33 +1,30 @@
-"""Charts as inline SVG: lines over epochs with axes, bands, and labels at their ends; colour = run, dash = second role.
-
-Colours are the classes of ``markup``; no line is known by its colour alone.
-"""
+"""Charts as inline SVG: curves over epochs. The colour tells the run apart, dashes the curves of one run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from .markup import COLOURS, Markup
-
-_WIDTH, _HEIGHT = 440, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 100, 10, 36  # margins; labels of lines stand in the right one
-_GAP = 13  # between two labels
-_APART = 7  # points of a line are shown where they are so far apart
+_COLOURS, _DASHES = 6, 4  # classes c0.. and d0.. of the style sheet
+_APART = 7  # points are shown if they are at least so far apart
 
 
 class Line(NamedTuple):
-    """One curve; ``role`` (student, teacher, ...) is said at its end, ``run`` in its tooltip."""
+    """One curve."""
 
     x: Sequence[float]
     y: Sequence[float]
     colour: int = 0
-    run: str = ""
-    role: str = ""
-    dashed: bool = False
+    dash: int = 0
+    name: str = ""
     best: bool = False  # mark the highest point
+
+    @property
+    def style(self) -> str:
+        """Its classes in the style sheet."""
+        return f"c{self.colour % _COLOURS} d{self.dash % _DASHES}"
 
 
 class Band(NamedTuple):
@@ -39,72 +36,81 @@ class Band(NamedTuple):
     colour: int = 0
 
 
-def line_chart(
-    lines: Sequence[Line], bands: Sequence[Band] = (), *, title: str, epochs: tuple[int, int], zero: bool = False
-) -> Markup:
-    """An SVG of curves over epochs, all values finite, at least one point.
+def figure(
+    title: str, lines: Sequence[Line], bands: Sequence[Band] = (), *, epochs: tuple[int, int], zero: bool
+) -> str:
+    """A titled chart, with a legend that gives the last value of each line. Arguments as in ``chart``."""
+    keys = (
+        f'<span class="key {line.style}">{escape(f"{line.name} {number(line.y[-1])}".strip())}</span>' for line in lines
+    )
+    svg = chart(lines, bands, title=title, epochs=epochs, zero=zero)
+    return f'<figure><figcaption>{escape(title)}</figcaption><p class="legend">{" ".join(keys)}</p>{svg}</figure>'
+
+
+def chart(
+    lines: Sequence[Line],
+    bands: Sequence[Band] = (),
+    *,
+    title: str,
+    epochs: tuple[int, int],
+    zero: bool = False,
+    small: bool = False,
+) -> str:
+    """An SVG of at least one line. All values are finite.
 
     Args:
-        epochs: the first and the last one of the horizontal axis.
-        title: what it shows, for readers who do not see it.
-        zero: the vertical axis begins at 0.
+        title: for readers who do not see the chart.
+        epochs: the first and the last on the horizontal axis.
+        zero: the vertical axis includes 0.
+        small: draw a small chart without axes.
     """
-    first, last = epochs
+    width, height, left, right, top, bottom = (160, 44, 2, 2, 4, 2) if small else (440, 215, 46, 8, 10, 36)
     values = [y for line in lines for y in line.y] + [y for band in bands for y in (*band.low, *band.high)]
-    ticks_x = _ticks(first, last, 6, whole=True)
-    ticks_y = _ticks(min(0.0, *values) if zero else min(values), max(values), 5)
-    low, high = min(ticks_y[0], *values), max(ticks_y[-1], *values)
-    floor, end = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+    values += [0.0] if zero else []
+    (first, last), low, high, floor, end = epochs, min(values), max(values), height - bottom, width - right
+    if low == high:
+        margin = abs(high) * 0.1 or 0.5
+        low, high = low if zero else low - margin, high + margin
+    ticks = _ticks(low, high, 5)
+    if not small:
+        low, high = ticks[0], ticks[-1]
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = 0.5 if last == first else (x - first) / (last - first)
-        up = 0.5 if high == low else (y - low) / (high - low)
-        return _LEFT + across * (end - _LEFT), floor - up * (floor - _TOP)
-
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for tick in ticks_y:
-        y = at(first, tick)[1]
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{end}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
-    for tick in ticks_x:
-        x = at(tick, low)[0]
-        parts.append(f'<path class="grid" d="M{x:.1f} {floor}v4"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{_tick(tick)}</text>')
-    parts.append(f'<text class="tick" x="{end}" y="{_HEIGHT - 4}" text-anchor="end">epoch</text>')
-    parts += [_area(band, at) for band in bands]
-    parts += [_curve(line, at) for line in lines]
-    heights = _apart([at(line.x[-1], line.y[-1])[1] for line in lines], _TOP + 4, floor)
-    for line, height in zip(lines, heights):
-        label = f"{line.role} {number(line.y[-1])}".strip()
-        style = f'class="end c{line.colour % COLOURS}"'
-        parts.append(f'<text {style} x="{end + 8}" y="{height + 4:.1f}">{escape(label)}</text>')
-    return Markup("".join([*parts, "</svg>"]))
-
-
-def sparkline(
-    lines: Sequence[Line], bands: Sequence[Band] = (), *, title: str, epochs: tuple[int, int], high: float
-) -> Markup:
-    """A small SVG of curves between 0 and ``high``, without axes; dashed lines are drawn thin instead."""
-    first, span = epochs[0], epochs[1] - epochs[0] or 1
-    width, height = 160, 44
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return 2 + (x - first) / span * (width - 4), height - 2 - y / (high or 1) * (height - 6)
+        across = (x - first) / (last - first) if last > first else 0.5
+        return left + across * (end - left), floor - (y - low) / (high - low) * (floor - top)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
-    parts.append(f'<path class="grid" d="M0 {height - 1}H{width}"/>')
-    parts += [_area(band, at) for band in bands]
+    if small:
+        parts.append(f'<path class="grid" d="M0 {height - 1}H{width}"/>')
+    else:
+        for tick in ticks:
+            y = at(first, tick)[1]
+            parts.append(f'<path class="grid" d="M{left} {y:.1f}H{end}"/>')
+            parts.append(f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.6g}</text>')
+        for tick in _ticks(first, last, 6, whole=True):
+            x = at(tick, low)[0]
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{tick}</text>')
+        parts.append(f'<text class="tick" x="{end}" y="{height - 4}" text-anchor="end">epoch</text>')
+    for band in bands:
+        around = [at(*point) for point in (*zip(band.x, band.high), *reversed([*zip(band.x, band.low)]))]
+        parts.append(f'<path class="band c{band.colour % _COLOURS}" d="M{_path(around)}Z"/>')
     for line in lines:
         points = [at(x, y) for x, y in zip(line.x, line.y)]
-        kind = "line thin" if line.dashed else "line"
-        parts.append(f'<path class="{kind} c{line.colour % COLOURS}" d="M{_path(points)}"/>')
-        if len(points) == 1:
-            parts.append(_dot(*points[0], "dot", line.colour))
-    return Markup("".join([*parts, "</svg>"]))
+        parts.append(f'<path class="line {line.style}" d="M{_path(points)}"><title>{escape(line.name)}</title></path>')
+        best = max(range(len(points)), key=lambda i: line.y[i]) if line.best else None
+        sparse = points[-1][0] - points[0][0] >= _APART * (len(points) - 1)
+        for i in range(len(points)) if sparse else {best} - {None}:
+            kind, radius = ("best", 4) if i == best else ("dot", 1.9)
+            text = f"{line.name} {'best: ' if i == best else ''}{number(line.y[i])} in epoch {line.x[i]}".strip()
+            circle = (
+                f'<circle class="{kind} {line.style}" cx="{points[i][0]:.1f}" cy="{points[i][1]:.1f}" r="{radius}">'
+            )
+            parts.append(f"{circle}<title>{escape(text)}</title></circle>")
+    return "".join([*parts, "</svg>"])
 
 
 def number(value: float) -> str:
-    """Three significant digits, more where they stand before the point."""
+    """A number with three significant digits; more only for integers above 100."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     if value and abs(value) < 0.001:
@@ -113,65 +119,16 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _curve(line: Line, at: Callable[[float, float], tuple[float, float]]) -> str:
-    """Path, points where they are few, and the best one."""
-    points = [at(x, y) for x, y in zip(line.x, line.y)]
-    kind = "line dashed" if line.dashed else "line"
-    name = " ".join(filter(None, (line.run, line.role)))
-    parts = [f'<path class="{kind} c{line.colour % COLOURS}" d="M{_path(points)}"><title>{escape(name)}</title></path>']
-    if points[-1][0] - points[0][0] >= _APART * (len(points) - 1):
-        for (x, y), epoch, value in zip(points, line.x, line.y):
-            parts.append(_dot(x, y, "dot", line.colour, 1.9, f"{name} epoch {_tick(epoch)}: {number(value)}"))
-    if line.best:
-        place = max(range(len(points)), key=lambda index: line.y[index])
-        said = f"{name} best: {number(line.y[place])} after epoch {_tick(line.x[place])}"
-        parts.append(_dot(*points[place], "best", line.colour, 4, said))
-    return "".join(parts)
-
-
-def _area(band: Band, at: Callable[[float, float], tuple[float, float]]) -> str:
-    around = [at(x, y) for x, y in zip(band.x, band.high)] + [at(x, y) for x, y in zip(band.x, band.low)][::-1]
-    return f'<path class="band c{band.colour % COLOURS}" d="M{_path(around)}Z"/>'
-
-
-def _dot(x: float, y: float, kind: str, colour: int, radius: float = 1.9, said: str = "") -> str:
-    circle = f'<circle class="{kind} c{colour % COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
-    return f"{circle}<title>{escape(said.strip())}</title></circle>"
-
-
 def _path(points: Iterable[tuple[float, float]]) -> str:
     return "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _apart(wanted: Sequence[float], top: float, bottom: float) -> list[float]:
-    """Heights near the wanted ones, in their order, a label's height apart where they fit between the ends."""
-    gap = min(_GAP, (bottom - top) / max(1, len(wanted) - 1))
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
-    placed = list(wanted)
-    least = top
-    for index in order:
-        placed[index] = max(placed[index], least)
-        least = placed[index] + gap
-    most = bottom
-    for index in reversed(order):
-        placed[index] = min(placed[index], most)
-        most = placed[index] - gap
-    return placed
-
-
 def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
-    """At most about ``count`` round numbers that span ``low`` to ``high``; ``whole``: integers within it."""
-    if high == low and not whole:
-        low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
-    rough = (high - low) / count or 1
+    """About ``count`` round numbers: just around low to high, or the whole numbers within."""
+    rough = max((high - low) / count, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    step = max(1, round(step)) if whole else step
-    start, stop = (math.ceil(low / step), math.floor(high / step)) if whole else (
-        math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    )  # fmt: skip
-    return [index * step for index in range(start, stop + 1)]
-
-
-def _tick(value: float) -> str:
-    return f"{value:.6g}"
+    if whole:
+        step = round(step)
+        return list(range(-(-int(low) // step) * step, int(high) + 1, step))
+    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
