@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ import yaml
 
 from ..files import replacing
 from ..strict import UserError
-from .charts import Band, Line, chart, figure, number
-from .markup import Markup, document, folded, picture, table
+from .markup import Line, Markup, chart, document, number, picture, table
 from .records import NETWORK_NAMES, Curve, Record, read_records
 
 Runs = Sequence[Record]
 
+_NONE = Curve([], [])
 _EXTREMES = 8  # of the hardest and of the easiest images
 _GENERAL = ("dataset", "trainer", "net", "criterion", "saver")  # sections of a recipe; the other one names the method
-# Charts, in this order; others follow. Columns with the same first word share one, if it is listed here.
+# Titles of charts, in their order. Columns whose first word is listed here share a chart; others get their own.
 _CHARTS = {
     "loss_lb": "Supervised loss",
     "loss_ub": "Unsupervised loss",
@@ -37,11 +38,11 @@ _CHARTS = {
     "seconds": "Seconds per iteration, and of them waiting for data",
     "memory_mib": "Memory at its peak, MiB",
 }
-_FROM_ZERO = ("loss", "lr", "seconds", "pseudo", "memory")
+_FROM_ZERO = ("loss", "lr", "seconds", "pseudo", "memory", "score")
 
 
 def write(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of one run, or of several side by side; and before it, those of the runs' stages.
+    """Write the page of one run, or of several side by side, and the pages of their stages.
 
     Args:
         runs: folders that contain ``log/``, or log folders.
@@ -57,94 +58,96 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
     out = out or (records[0].folder / "report.html" if len(records) == 1 else Path("report.html"))
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: expected a file to write, in a folder that exists")
-    _save(records, out)
+    _write(records, out)
     return out
 
 
-def _save(runs: Runs, out: Path) -> None:
+def _write(runs: Runs, out: Path) -> None:
     for stage in (stage for run in runs for stage in run.stages):
-        _save([stage], stage.folder / "report.html")
-    sections: dict[str, Callable[[Runs], str]] = {
-        "Summary": _summary,
-        "Stages": lambda runs: "".join(_stages(run, out.parent) for run in runs),
-        "What differs between the recipes": _differences,
-        "Curves": _curves,
-        "Pseudo labels of each class": _pseudo_labels,
-        "Evaluation of each class, in percent": _evaluation,
-        "The hardest and the easiest unlabeled images": _images,
-        "Validation images": lambda runs: _pictures(runs, "predictions.png", "image, truth and predictions"),
-        "Recipe": _recipes,
-        "Environment": _environment,
-        "TensorBoard": _tensorboard,
+        _write([stage], stage.folder / "report.html")
+    starts = [(f"{run.name}: started {start.get('started')}", start) for run in runs for start in run.starts]
+    boards = [run.folder / "tensorboard" for run in runs if (run.folder / "tensorboard").is_dir()]
+    sections = {
+        "Summary": _summary(runs),
+        "Stages": "".join(_stages(run, out) for run in runs),
+        "What differs between the recipes": _differences(runs),
+        "Curves": _curves(runs),
+        "Pseudo labels of each class": _pseudo_labels(runs),
+        "Evaluation of each class, in percent": _evaluation(runs),
+        "The hardest and the easiest unlabeled images": _images(runs),
+        "Validation images": _pictures(runs, "predictions.png", "image, truth and predictions"),
+        "Recipe": "".join(_folded(f"{run.name}: config.yaml", run.recipe) for run in runs if run.recipe),
+        "Environment": "".join(_folded(*start) for start in starts),
+        "TensorBoard": "".join(
+            f"<pre>tensorboard --logdir {escape(shlex.quote(str(board)))}</pre>" for board in boards
+        ),
     }
-    contents = {title: section(runs) for title, section in sections.items()}
-    body = [f"<section><h2>{title}</h2>{content}</section>" for title, content in contents.items() if content]
-    text = document(f"{', '.join(run.name for run in runs)} – iMAS", "\n".join([_head(runs), *body]))
-    with replacing(out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _head(runs: Runs) -> str:
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
-    lines = "".join(f"<p>{_label(run)} {_in_words(run)}</p>" for run in runs)
-    items = (
-        f"<li>{_label(run)} epoch {escape(f'{epoch}: {text}')}</li>" for run in runs for epoch, text in run.warnings
-    )
-    warnings = "".join(items)
-    return f"<h1>{escape(title)}</h1>{lines}" + (warnings and f'<ul class="warnings">{warnings}</ul>')
+    body = f"<h1>{escape(title)}</h1>" + "".join(f"<p>{_label(run)} {_in_words(run)}</p>" for run in runs)
+    warnings = [(run, f"epoch {epoch}: {text}") for run in runs for epoch, text in run.warnings]
+    items = "".join(f"<li>{_label(run)} {escape(text)}</li>" for run, text in warnings)
+    body += items and f'<ul class="warnings">{items}</ul>'
+    body += "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections.items() if content)
+    with replacing(out) as temporary:
+        temporary.write_text(document(f"{', '.join(run.name for run in runs)} – iMAS", body), encoding="utf-8")
 
 
 def _in_words(run: Record) -> str:
     """Method, date, progress, and the best mIoU with its protocol."""
+    facts = _facts(run)
+    started = facts["started"] and f"started {facts['started']}"
     done = f"{run.epochs} epochs done" if run.epochs or not run.stages else f"{len(run.stages)} stages"
-    started = _started(run)
-    text = " · ".join(escape(part) for part in (_method(run), started and f"started {started}", done) if part)
-    for network in run.miou:
-        best, epoch = _best(run, network)
-        source = "; ".join(filter(None, (f"{network}, epoch {epoch}", _protocol(run))))
-        return f"{text} · <strong>best mIoU {best:.2f} %</strong> ({escape(source)})"
+    text = " · ".join(escape(part) for part in (facts["method"], started, done) if part)
+    for network, curve in run.miou.items():
+        source = "; ".join(filter(None, (f"{network}, epoch {curve.best[1]}", facts["mIoU measured on"])))
+        return f"{text} · <strong>best mIoU {curve.best[0]:.2f} %</strong> ({escape(source)})"
     return text if run.stages else f"{text} · not evaluated yet"
 
 
 def _summary(runs: Runs) -> str:
-    answers = [_answers(run) for run in runs]
-    questions = dict.fromkeys(question for each in answers for question, answer in each.items() if answer)
-    return table(_header(runs), [(question, *(each.get(question) for each in answers)) for question in questions])
+    facts = [_facts(run) for run in runs]
+    questions = dict.fromkeys(question for each in facts for question, answer in each.items() if answer)
+    rows = [(question, *(each.get(question) or None for each in facts)) for question in questions]
+    return table(_header(runs), rows) if rows else ""
 
 
-def _answers(run: Record) -> dict[str, Any]:
-    recipe, start = _flat(run.recipe), run.starts[-1] if run.starts else {}
-    answers = {
-        "method": _method(run),
+def _facts(run: Record) -> dict[str, str]:
+    """What the summary says; an empty text where nothing is known."""
+    start, recipe = run.starts[-1] if run.starts else {}, _flat(run.recipe)
+    lists = {name: entry["images"] for name, entry in (start.get("lists") or {}).items()}
+    protocol = {name: value for name, value in run.evaluation.get("protocol", {}).items() if name != "epoch"}
+    protocol = protocol or {"images": lists.get("val"), "window": recipe.get("dataset.val.crop.size")}
+    facts = {
+        "method": run.recipe.get("method") or ", ".join(key for key in run.recipe if key not in _GENERAL),
         "data set": recipe.get("dataset.type"),
         "encoder": recipe.get("net.encoder.type"),
-        "images": ", ".join(f"{count} {name}" for name, count in _lists(run).items()),
-        "epochs": f"{run.epochs} of {recipe.get('trainer.epochs', '?')}",
+        "images": ", ".join(f"{count} {name}" for name, count in lists.items()),
+        "epochs": f"{run.epochs} of {recipe.get('trainer.epochs', '?')}" if run.epochs or not run.stages else "",
+        **{key.replace("_", " "): str(start.get(key, "")) for key in ("seed", "total_batch", "processes")},
+        "devices": ", ".join(dict.fromkeys(map(str, start.get("devices") or []))),
+        "commit": re.sub("([0-9a-f]{12})[0-9a-f]*", r"\1", str(start.get("git") or "")),
+        "started": str(run.starts[0].get("started", ""))[:16].replace("T", " ") if run.starts else "",
+        "starts": len(run.starts),
+        "mIoU measured on": ", ".join(f"{k} {v}" for k, v in protocol.items() if v not in (None, False, [1.0])),
     }
-    for network, curve in run.miou.items():
-        best, epoch = _best(run, network)
-        answers[f"best mIoU, {network}"] = f"{best:.2f} % in epoch {epoch} (last {curve.values[-1]:.2f} %)"
-    answers["mIoU measured on"] = _protocol(run)
-    if "seconds" in run.curves:
-        seconds = float(np.mean(run.curves["seconds"].values)) or 1e-9
-        waiting = float(np.mean(run.curves.get("seconds_waiting", Curve([], [0.0])).values))
-        answers["seconds per iteration"] = f"{number(seconds)} ({100 * waiting / seconds:.0f} % waiting for data)"
+    if seconds := sum(run.curves.get("seconds", _NONE).values):
+        waiting = sum(run.curves.get("seconds_waiting", _NONE).values) / seconds
+        mean = number(seconds / len(run.curves["seconds"].values))
+        facts["seconds per iteration"] = f"{mean} ({100 * waiting:.0f} % waiting for data)"
     if "memory_mib" in run.curves:
-        answers["memory at its peak"] = f"{max(run.curves['memory_mib'].values):,.0f} MiB"
-    answers |= {key.replace("_", " "): str(start[key]) for key in ("seed", "total_batch", "processes") if key in start}
-    answers["devices"] = ", ".join(dict.fromkeys(map(str, start.get("devices") or [])))
-    answers["commit"] = start.get("git")
-    answers["started"] = _started(run)
-    answers["starts"] = len(run.starts)
-    return answers
+        facts["memory at its peak"] = f"{run.curves['memory_mib'].best[0]:,.0f} MiB"
+    for network, curve in run.miou.items():
+        best, epoch = curve.best
+        facts[f"best mIoU, {network}"] = f"{best:.2f} % in epoch {epoch} (last {curve.values[-1]:.2f} %)"
+    return facts
 
 
-def _stages(run: Record, page_folder: Path) -> str:
-    items = []
+def _stages(run: Record, out: Path) -> str:
+    items = ""
     for stage in run.stages:
-        page = Path(os.path.relpath(stage.folder / "report.html", page_folder.resolve())).as_posix()
-        items.append(f'<li><a href="{escape(quote(page))}">{escape(stage.name)}</a>: {_in_words(stage)}</li>')
-    return f"{_heading(run)}<ul>{''.join(items)}</ul>" if items else ""
+        page = Path(os.path.relpath(stage.folder / "report.html", out.parent.resolve())).as_posix()
+        items += f'<li><a href="{quote(page)}">{escape(stage.name)}</a>: {_in_words(stage)}</li>'
+    return items and f"{_heading(run)}<ul>{items}</ul>"
 
 
 def _differences(runs: Runs) -> str:
@@ -158,128 +161,112 @@ def _differences(runs: Runs) -> str:
 
 
 def _curves(runs: Runs) -> str:
-    """A chart of every column of the CSV files, but of those of classes."""
-    groups: dict[str, list[str]] = {"score": []}
-    for column in dict.fromkeys(column for run in runs for column in run.curves):
-        word = column.partition("_")[0]
-        if "/" not in column and word != "score" and column.partition("-")[0] != "best":
-            groups.setdefault(word if word in _CHARTS else column, []).append(column)
+    """A chart of every column of the CSV files, except those of single classes."""
+    groups: dict[str, list[Line]] = {"score": [line for run in runs for line in _distribution(run)]}
+    dashes: dict[str, dict[str, int]] = defaultdict(dict)  # of the columns of a group, equal in all runs
+    for run in runs:
+        for column, curve in run.curves.items():
+            word = column.partition("_")[0]
+            if "/" in column or word == "score" or column.partition("-")[0] == "best":
+                continue
+            group = word if word in _CHARTS else column
+            role = column.removeprefix(group).strip("_")
+            dash = dashes[group].setdefault(column, len(dashes[group]))
+            name = _line_name(run, NETWORK_NAMES.get(role, role))
+            groups.setdefault(group, []).append(Line(*curve, run.place, dash, name, group == "miou"))
     words = [group.partition("_")[0] for group in _CHARTS]
-    order = {group: words.index(word) if (word := group.partition("_")[0]) in words else len(words) for group in groups}
-    figures = []
-    for group in sorted(groups, key=order.__getitem__):
-        lines, bands = _distributions(runs) if group == "score" else (_lines(runs, group, groups[group]), [])
-        if lines:
-            title, zero = _CHARTS.get(group, group.replace("_", " ")), group.startswith((*_FROM_ZERO, "score"))
-            figures.append(figure(title, lines, bands, epochs=_epochs(runs), zero=zero))
-    if not figures:
-        return "" if any(run.stages for run in runs) else "<p>No epoch is done yet.</p>"
-    return f'<div class="charts">{"".join(figures)}</div>'
+    figures = ""
+    for group in sorted(groups, key=lambda group: [*words, group.partition("_")[0]].index(group.partition("_")[0])):
+        if lines := groups[group]:
+            title, zero = _CHARTS.get(group, group.replace("_", " ")), [0.0] * group.startswith(_FROM_ZERO)
+            keys = (f'<span class="key {line.style}">{escape(line.name)} {number(line.y[-1])}</span>' for line in lines)
+            svg = chart(lines, title=title, epochs=_epochs(runs), include=zero)
+            figures += f"<figure><figcaption>{escape(title)}</figcaption>{''.join(keys)}{svg}</figure>"
+    nothing = "" if any(run.stages for run in runs) else "<p>No epoch is done yet.</p>"
+    return f'<div class="charts">{figures}</div>' if figures else nothing
 
 
-def _lines(runs: Runs, group: str, columns: Sequence[str]) -> list[Line]:
-    """The columns of a group, named by what follows the group's name."""
-    lines = []
-    for run in runs:
-        for i, column in enumerate(columns):
-            if column in run.curves:
-                role = column[len(group) :].strip("_")
-                name = _line_name(run, NETWORK_NAMES.get(role, role))
-                lines.append(Line(*run.curves[column], run.place, i, name, group == "miou"))
-    return lines
-
-
-def _distributions(runs: Runs) -> tuple[list[Line], list[Band]]:
-    """Median and spread of the scores of every epoch."""
-    lines, bands = [], []
-    for run in runs:
-        scores = defaultdict(list)
-        for curve in run.scores.values():
-            for epoch, value in zip(*curve):
-                scores[epoch].append(value)
-        if epochs := sorted(scores):
-            spread = [np.quantile(scores[epoch], (0.05, 0.25, 0.5, 0.75, 0.95)) for epoch in epochs]
-            lowest, low, middle, high, highest = np.array(spread).T.tolist()
-            bands += [Band(epochs, lowest, highest, run.place), Band(epochs, low, high, run.place)]
-            lines.append(Line(epochs, middle, run.place, 0, _line_name(run, "median")))
-    return lines, bands
+def _distribution(run: Record) -> list[Line]:
+    """Median and spread of the scores in every epoch."""
+    scores = defaultdict(list)
+    for curve in run.scores.values():
+        for epoch, value in zip(*curve):
+            scores[epoch].append(value)
+    if not scores:
+        return []
+    spread = [np.quantile(scores[epoch], (0.05, 0.25, 0.5, 0.75, 0.95)) for epoch in sorted(scores)]
+    lowest, low, middle, high, highest = np.array(spread).T.tolist()
+    areas = ((lowest, highest), (low, high))
+    return [Line(sorted(scores), middle, run.place, 0, _line_name(run, "median"), areas=areas)]
 
 
 def _pseudo_labels(runs: Runs) -> str:
     """For each class, its share of the pseudo labels, and how much of it is confident enough to be trained on."""
-    columns = dict.fromkeys(column for run in runs for column in run.curves)
-    figures = []
-    for name in (column.partition("/")[2] for column in columns if column.startswith("predicted/")):
-        lines, bands, texts = [], [], []
-        for run in runs:
-            kinds = ("predicted", "confident", "labeled")
-            predicted, confident, labeled = (run.curves.get(f"{kind}/{name}") for kind in kinds)
-            if not predicted:
-                continue
+    figures = ""
+    for column in dict.fromkeys(column for run in runs for column in run.curves if column.startswith("predicted/")):
+        name = column.partition("/")[2]
+        lines, texts = [], ""
+        for run in (run for run in runs if column in run.curves):
+            predicted, share = run.curves[column], run.curves[column].values[-1]
             lines.append(Line(*predicted, run.place, 1))
-            share = predicted.values[-1]
-            text = f"{number(100 * share)} %"
-            if labeled:
-                text += f" (labeled {number(100 * float(np.mean(labeled.values)))} %)"
-            if confident:
-                lines.append(Line(*confident, run.place))
-                bands.append(Band(confident.epochs, [0.0] * len(confident.epochs), confident.values, run.place))
-                text += f", {number(100 * confident.values[-1] / share)} % pass" if share else ""
-            texts.append(f'<p class="quiet">{_label(run)} {text}</p>')
-        svg = chart(lines, bands, title=f"pixels of {name}", epochs=_epochs(runs), zero=True, small=True)
-        figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{svg}{''.join(texts)}</figure>")
+            texts += f'<p class="quiet">{_label(run)} {number(100 * share)} %'
+            if labeled := run.curves.get(f"labeled/{name}"):
+                texts += f" (labeled {number(100 * float(np.mean(labeled.values)))} %)"
+            if confident := run.curves.get(f"confident/{name}"):
+                area = ([0.0] * len(confident.epochs), confident.values)
+                lines.append(Line(*confident, run.place, areas=[area]))
+                texts += f", {number(100 * confident.values[-1] / share)} % pass" if share else ""
+            texts += "</p>"
+        svg = chart(lines, title=f"pixels of {name}", epochs=_epochs(runs), include=[0.0], small=True)
+        figures += f"<figure><figcaption>{escape(name)}</figcaption>{svg}{texts}</figure>"
     explanation = (
         '<p class="quiet">Over the epochs; each class has its own scale. Dashed: share of the pixels of the unlabeled '
         "crops with this pseudo label. Filled: those of them that pass the threshold. Figures: that share in the last "
         "epoch, the share of the class in the labeled crops, and how much passes.</p>"
     )
-    return f'{explanation}<div class="small">{"".join(figures)}</div>' if figures else ""
+    return figures and f'{explanation}<div class="small">{figures}</div>'
 
 
 def _evaluation(runs: Runs) -> str:
     """IoU and, of a single run, accuracy of each network, and each class's share of the true pixels."""
-    columns = [(run, name, figures) for run in runs for name, figures in run.evaluation.get("networks", {}).items()]
-    if not columns:
-        return ""
+    networks = [(run, name, figures) for run in runs for name, figures in run.evaluation.get("networks", {}).items()]
     kinds = {"iou": "IoU", "accuracy": "accuracy"} if len(runs) == 1 else {"iou": "IoU"}
-    header, shares = ["class"], []
-    for run, name, figures in columns:
-        header += [Markup(f"{_label(run)} {escape(name)} {kind}") for kind in kinds.values()]
-        if figures.get("pixels") not in (None, *shares):  # equal for all networks, and for all runs on one list
-            shares.append(figures["pixels"])
+    header = [
+        Markup(f"{_label(run)} {escape(name)} {word}".strip()) for run, name, _ in networks for word in kinds.values()
+    ]
     rows: list[list[Any]] = []
-    for name in dict.fromkeys(name for _, _, figures in columns for name in figures.get("iou", {})):
-        cells = [figures.get(kind, {}).get(name) for _, _, figures in columns for kind in kinds]
-        rows.append([name, *map(_percent, [*cells, *(share.get(name) for share in shares)])])
-    for title, means in (("mean", ("miou", "mean_accuracy")), ("by frequency", ("fwiou", "pixel_accuracy"))):
-        cells = [_percent(figures.get(mean)) for _, _, figures in columns for mean in means[: len(kinds)]]
-        rows.append([title, *cells, *[""] * len(shares)])
+    for name in dict.fromkeys(name for _, _, figures in networks for name in figures.get("iou", {})):
+        cells = [figures.get(kind, {}).get(name) for _, _, figures in networks for kind in kinds]
+        rows.append([name, *map(_percent, [*cells, networks[0][2].get("pixels", {}).get(name)])])
+    for title, means in {"mean": ("miou", "mean_accuracy"), "by frequency": ("fwiou", "pixel_accuracy")}.items():
+        cells = [figures.get(mean) for _, _, figures in networks for mean in means[: len(kinds)]]
+        rows.append([title, *map(_percent, cells), ""])
     note = '<p class="quiet">After the last epoch. By frequency: a class weighs as much as it has pixels.</p>'
-    return note + table([*header, *["pixels"] * len(shares)], rows, numbers=True)
+    return note + table(["class", *header, "pixels"], rows, numbers=True) if networks else ""
 
 
 def _images(runs: Runs) -> str:
-    parts = []
-    for run in runs:
+    parts = ""
+    for run in (run for run in runs if run.scores):
         ranked = sorted(run.scores, key=lambda image: run.scores[image].values[-1])
         count = min(_EXTREMES, (len(ranked) + 1) // 2)
-        groups = {"hardest first": ranked[:count], "easiest first": ranked[count:][-count:][::-1]}
-        tables = [f"<div>{_image_table(run, images, title)}</div>" for title, images in groups.items() if images]
-        if tables:
-            parts.append(f'{_heading(run)}<div class="pair">{"".join(tables)}</div>')
+        parts += f'{_heading(run)}<div class="pair">'
+        for title, images in (("hardest first", ranked[:count]), ("easiest first", ranked[count:][-count:][::-1])):
+            header = ["image", "last score", "epoch", "since first", "trend, 0 to 1"]
+            rows = [_image(run, image) for image in images]
+            parts += table(header, rows, caption=title, numbers=True) if rows else ""
+        parts += "</div>"
     views = _pictures(runs, "views.png", "hardest and easiest unlabeled images, with their views")
     note = '<p class="quiet">The first three of each, as a step would have treated them at the end:</p>'
-    return "".join(parts) + (views and note + views)
+    return parts + (views and note + views)
 
 
-def _image_table(run: Record, images: Sequence[str], caption: str) -> str:
-    rows = []
-    for image in images:
-        epochs, values = run.scores[image]
-        change = f"{values[-1] - values[0]:+.2f}" if len(values) > 1 else None
-        trend = chart([Line(epochs, values, run.place)], title=f"scores of {image}", epochs=_epochs([run]), small=True)
-        rows.append((image, f"{values[-1]:.3f}", epochs[-1], change, Markup(trend)))
-    return table(["image", "last score", "epoch", "since first", "trend"], rows, caption=caption, numbers=True)
+def _image(run: Record, image: str) -> tuple[Any, ...]:
+    """Its row in the table of scores."""
+    epochs, values = run.scores[image]
+    line, title = Line(epochs, values, run.place), f"scores of {image}"
+    trend = Markup(chart([line], title=title, epochs=_epochs([run]), include=(0.0, 1.0), small=True))
+    return image, f"{values[-1]:.3f}", epochs[-1], f"{values[-1] - values[0]:+.2f}" if len(values) > 1 else None, trend
 
 
 def _pictures(runs: Runs, name: str, what: str) -> str:
@@ -287,25 +274,15 @@ def _pictures(runs: Runs, name: str, what: str) -> str:
     return "".join(_heading(run) + picture(run.folder / name, f"{run.name}: {what}") for run in shown)
 
 
-def _recipes(runs: Runs) -> str:
-    texts = ((run, yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)) for run in runs if run.recipe)
-    return "".join(folded(f"{run.name}: config.yaml", f"<pre>{escape(text)}</pre>") for run, text in texts)
-
-
-def _environment(runs: Runs) -> str:
-    starts = ((f"{run.name}: started {start.get('started')}", start) for run in runs for start in run.starts)
-    return "".join(folded(title, table((), _flat(start).items())) for title, start in starts)
-
-
-def _tensorboard(runs: Runs) -> str:
-    folders = (run.folder / "tensorboard" for run in runs)
-    commands = (f"tensorboard --logdir {shlex.quote(str(folder))}" for folder in folders if folder.is_dir())
-    return "".join(f"<p><code>{escape(command)}</code></p>" for command in commands)
+def _folded(title: str, content: dict) -> str:
+    """Text that opens with a click."""
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def _label(run: Record) -> Markup:
     """The run's name in its colour, if there are several runs; otherwise nothing."""
-    return Markup("" if run.alone else f'<span class="run c{run.place % 6}">{escape(run.name)}</span>')
+    return Markup("" if run.alone else f'<span class="run {Line((), (), run.place).style}">{escape(run.name)}</span>')
 
 
 def _heading(run: Record) -> str:
@@ -313,7 +290,7 @@ def _heading(run: Record) -> str:
 
 
 def _header(runs: Runs) -> list[Markup]:
-    return [Markup(""), *(_label(run) for run in runs)]
+    return [Markup(""), *map(_label, runs)]
 
 
 def _line_name(run: Record, role: str) -> str:
@@ -324,32 +301,6 @@ def _epochs(runs: Runs) -> tuple[int, int]:
     """The first and the last epoch of the horizontal axis of every chart."""
     epochs = [epoch for run in runs for curve in [*run.curves.values(), *run.scores.values()] for epoch in curve.epochs]
     return min(epochs), max(epochs)
-
-
-def _method(run: Record) -> str:
-    return run.recipe.get("method") or ", ".join(key for key in run.recipe if key not in _GENERAL)
-
-
-def _started(run: Record) -> str:
-    """Day and minute of the first start."""
-    return str(run.starts[0].get("started", ""))[:16].replace("T", " ") if run.starts else ""
-
-
-def _best(run: Record, network: str) -> tuple[float, int]:
-    """The highest mIoU, and the first epoch with it."""
-    return max(zip(run.miou[network].values, run.miou[network].epochs), key=lambda pair: (pair[0], -pair[1]))
-
-
-def _protocol(run: Record) -> str:
-    """How the mIoU was measured, as far as the folder tells."""
-    protocol = {name: value for name, value in run.evaluation.get("protocol", {}).items() if name != "epoch"}
-    protocol = protocol or {"images": _lists(run).get("val"), "window": _flat(run.recipe).get("dataset.val.crop.size")}
-    return ", ".join(f"{name} {value}" for name, value in protocol.items() if value not in (None, False, [1.0]))
-
-
-def _lists(run: Record) -> dict[str, int]:
-    """How many images each list had at the last start."""
-    return {name: entry["images"] for name, entry in (run.starts[-1].get("lists") or {}).items()} if run.starts else {}
 
 
 def _flat(section: dict, prefix: str = "") -> dict[str, Any]:

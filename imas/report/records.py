@@ -1,10 +1,11 @@
-"""Reads the log folder of a run. Every file in it may be missing but ``metrics.csv``."""
+"""Reads the log folder of a run. Every file may be missing but ``metrics.csv``, its own or that of a stage."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 
 from ..strict import UserError
 
-NETWORK_NAMES = {"stu": "student", "tea": "teacher"}  # short names in column names; all others are names already
+NETWORK_NAMES = {"stu": "student", "tea": "teacher"}  # the short names in column names
 
 
 class Curve(NamedTuple):
@@ -22,6 +23,12 @@ class Curve(NamedTuple):
 
     epochs: list[int]
     values: list[float]
+
+    @property
+    def best(self) -> tuple[float, int]:
+        """The highest value, and the first epoch with it."""
+        i = self.values.index(max(self.values))
+        return self.values[i], self.epochs[i]
 
 
 @dataclass(frozen=True)
@@ -32,18 +39,18 @@ class Record:
     name: str  # short, and different for all runs on one page
     place: int  # among the runs on the page, from 0; it decides the colour
     alone: bool  # the only run on the page
-    curves: dict[str, Curve]  # by column of metrics.csv and training.csv; columns without a value are left out
     epochs: int  # epochs done
+    curves: dict[str, Curve]  # by column of metrics.csv and training.csv; columns without a value are left out
     scores: dict[str, Curve]  # by image
     warnings: list[tuple[str, str]]  # (epoch, sentence)
     evaluation: dict  # evaluation.json
     recipe: dict  # config.yaml
     starts: list[dict]  # run.yaml
-    stages: list[Record]  # log/<stage>/, in the order of training
+    stages: list[Record]  # log/<stage>/, in the order in which they were trained
 
     @property
     def miou(self) -> dict[str, Curve]:
-        """mIoU in percent by network. The first network selects the best checkpoint."""
+        """mIoU in percent by network; the first is the network that selects the best checkpoint."""
         curves = {column[5:]: curve for column, curve in self.curves.items() if column.startswith("miou_")}
         highest = {name: max(curve.values) for name, curve in curves.items()}
         best = self.curves["best"].values[-1] if "best" in self.curves else max(highest.values(), default=0.0)
@@ -57,11 +64,13 @@ def read_records(runs: Sequence[Path]) -> list[Record]:
     Raises:
         UserError: a folder without a run, a run that is given twice, or a file of another format.
     """
-    folders = [_log_folder(run) for run in runs]
-    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
-    if twice is not None:
-        raise UserError(f"{twice}: this run is named twice")
-    return [_read(folder, name, i, len(folders) == 1) for i, (folder, name) in enumerate(zip(folders, _names(folders)))]
+    logs = [_log_folder(run) for run in runs]
+    if twice := [log for log in logs if logs.count(log) > 1]:
+        raise UserError(f"{twice[0]}: this run is named twice")
+    folders = [log.parent if log.name == "log" else log for log in logs]
+    common = os.path.commonpath(folders if len(runs) > 1 else [folders[0].parent])
+    names = [folder.relative_to(common).as_posix() for folder in folders]
+    return [_read(log, name, i, len(runs) == 1) for i, (log, name) in enumerate(zip(logs, names))]
 
 
 def _log_folder(run: Path) -> Path:
@@ -71,66 +80,50 @@ def _log_folder(run: Path) -> Path:
     raise UserError(f"{run}: no log/metrics.csv there, so no run; expected the folder of a run, or its log folder")
 
 
-def _names(folders: list[Path]) -> list[str]:
-    """The last parts of each path, as many as make it different from the others."""
-    paths = [(folder.parent if folder.name == "log" else folder).parts for folder in folders]
-    names = []
-    for i, path in enumerate(paths):
-        others = paths[:i] + paths[i + 1 :]
-        depths = range(1, len(path) + 1)
-        depth = next((depth for depth in depths if all(other[-depth:] != path[-depth:] for other in others)), None)
-        names.append("/".join(path[-depth:]) if depth else str(folders[i]))  # both a and a/log may contain a run
-    return names
-
-
-def _read(folder: Path, name: str, place: int, alone: bool) -> Record:
-    curves = _curves(folder / "metrics.csv")
-    done = curves.get("epoch", Curve([], []))
-    curves |= _curves(folder / "training.csv")
-    curves.pop("epoch", None)
-    stages = sorted(folder.glob("*/metrics.csv"), key=lambda path: (path.stat().st_mtime, path))
-    scores = (
-        (row["image"], row["epoch"], row["score"]) for row in _rows(folder / "scores.csv", "epoch", "image", "score")
-    )
+def _read(log: Path, name: str, place: int, alone: bool) -> Record:
+    metrics, training = _columns(log / "metrics.csv"), _columns(log / "training.csv")
+    epochs = max(metrics.pop("epoch", Curve([-1], [])).epochs) + 1
+    training.pop("epoch", None)
+    scores = _rows(log / "scores.csv", "epoch", "image", "score")
+    stages = sorted(log.glob("*/metrics.csv"), key=lambda path: (path.stat().st_mtime, path))
     return Record(
-        folder=folder,
+        folder=log,
         name=name,
         place=place,
         alone=alone,
-        curves=curves,
-        epochs=max(done.epochs, default=-1) + 1,
-        scores=_collect(folder / "scores.csv", scores),
-        warnings=[(row["epoch"], row["warning"]) for row in _rows(folder / "warnings.csv", "epoch", "warning")],
-        evaluation=_load(folder / "evaluation.json", dict),
-        recipe=_load(folder / "config.yaml", dict),
-        starts=_load(folder / "run.yaml", list),
+        epochs=epochs,
+        curves=metrics | training,
+        scores=_curves(log / "scores.csv", ((row["image"], row["epoch"], row["score"]) for row in scores)),
+        warnings=[(row["epoch"], row["warning"]) for row in _rows(log / "warnings.csv", "epoch", "warning")],
+        evaluation=_load(log / "evaluation.json", dict),
+        recipe=_load(log / "config.yaml", dict),
+        starts=_load(log / "run.yaml", list),
         stages=[_read(path.parent, path.parent.name, 0, True) for path in stages],
     )
 
 
 def _rows(path: Path, *columns: str) -> Iterator[dict[str, str]]:
     """Rows of a CSV file with these columns; none if there is no file. A row that is cut short is left out."""
-    if not path.is_file():
-        return
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(file)
-        if missing := [column for column in columns if column not in (reader.fieldnames or [])]:
-            raise UserError(f"{path}: expected a CSV file with the columns {', '.join(columns)}; no {missing[0]} there")
-        yield from (row for row in reader if None not in row and None not in row.values())
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            reader = csv.DictReader(file)
+            if missing := set(columns).difference(reader.fieldnames or []):
+                raise UserError(f"{path}: expected a CSV file with the columns {', '.join(columns)}; no {min(missing)}")
+            yield from (row for row in reader if None not in row and None not in row.values())
 
 
-def _curves(path: Path) -> dict[str, Curve]:
-    return _collect(path, ((name, row["epoch"], cell) for row in _rows(path, "epoch") for name, cell in row.items()))
+def _columns(path: Path) -> dict[str, Curve]:
+    return _curves(path, ((name, row["epoch"], cell) for row in _rows(path, "epoch") for name, cell in row.items()))
 
 
-def _collect(path: Path, cells: Iterable[tuple[str, str, str]]) -> dict[str, Curve]:
-    """Curves by name of (name, epoch, value); cells that are empty or not finite are left out."""
+def _curves(path: Path, cells: Iterable[tuple[str, str, str]]) -> dict[str, Curve]:
+    """Curves by name, from (name, epoch, value); cells that are empty or not finite are left out."""
     curves: dict[str, Curve] = {}
     for name, *pair in cells:
         try:
             epoch, value = (float(cell or "nan") for cell in pair)
         except ValueError:
-            raise UserError(f"{path}: expected numbers, got {pair[1][:80]!r} in the column {name}") from None
+            raise UserError(f"{path}: expected numbers, got {pair[1][:80]!r} for {name} in epoch {pair[0]}") from None
         if math.isfinite(epoch) and math.isfinite(value):
             curve = curves.setdefault(name, Curve([], []))
             curve.epochs.append(int(epoch))
@@ -139,7 +132,7 @@ def _collect(path: Path, cells: Iterable[tuple[str, str, str]]) -> dict[str, Cur
 
 
 def _load(path: Path, kind: type) -> Any:
-    """The dict, or list of dicts, in a JSON or YAML file; an empty one if there is no file."""
+    """The mapping, or list of mappings, in a JSON or YAML file; an empty one if there is no file."""
     if not path.is_file():
         return kind()
     try:
