@@ -17,16 +17,13 @@ _STYLE = """
 .c0 { --c: #0b6bb3 } .c1 { --c: #bd5400 } .c2 { --c: #3f2a2a } .c3 { --c: #9300fc } .c4 { --c: #2a0093 }
 .c5 { --c: #936954 }
 .d1 { stroke-dasharray: 5 3 } .d2 { stroke-dasharray: 1.5 2.5 } .d3 { stroke-dasharray: 9 3 2 3 }
-.d1::before { border-style: dashed } .d2::before { border-style: dotted } .d3::before { border-style: double }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: #fff; color: #1d2126;
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { margin: 0; font-size: 1.7rem } h2 { margin: 2.4rem 0 .7rem; font-size: 1.2rem } h3 { margin: 1.2rem 0 .4rem }
+h1 { margin: 0; font-size: 1.7rem } h2 { margin: 2.4rem 0 .7rem; font-size: 1.2rem } h3:empty { display: none }
 p { margin: .3rem 0 } .quiet, caption, .tick { color: #626b76; fill: #626b76 } caption { text-align: left }
 .run, .key { color: var(--c) } .run::before { content: "\\25A0  " }
-.key { display: inline-block; margin-right: .8rem; font-size: .85rem }
-.key::before { content: ""; display: inline-block; width: 1.5em; margin: 0 .4em .25em 0; border-width: 2px 0 0 }
-.key::before { border-color: var(--c) } .d0::before { border-style: solid }
+.key { display: inline-block; margin-right: .8rem; font-size: .85rem } .key svg { display: inline; width: 2em }
 .warnings { margin: 1rem 0; padding: .7rem 1rem .7rem 2rem; background: #fff4dc; border-radius: 6px }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.6rem 1.4rem }
 .small { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1.1rem; font-size: .8rem }
@@ -34,15 +31,14 @@ p { margin: .3rem 0 } .quiet, caption, .tick { color: #626b76; fill: #626b76 } c
 figure { margin: 0; min-width: 0; break-inside: avoid } figcaption { font-weight: 600; font-size: 15px }
 .wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .22rem 1.2rem .22rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #dde1e6 }
-td { min-width: 6.5rem } tbody th { min-width: 9.5rem } td svg { width: 120px; margin-left: auto }
+td { min-width: 6.5rem } tbody th { min-width: 8rem } .pair tbody th { min-width: 11rem } td svg { width: 120px; margin-left: auto }
 .n td, .n thead th:not(:first-child) { text-align: right; min-width: 0; white-space: nowrap }
 img { display: block; max-width: 100%; height: auto; min-width: 38rem } pre { overflow-x: auto; font-size: .82rem }
 svg { display: block; width: 100%; height: auto; overflow: visible; font: 12px system-ui, sans-serif }
 .line { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round } .dot { fill: var(--c) }
-.best { fill: #fff; stroke: var(--c); stroke-width: 1.8; stroke-dasharray: none }
+.best { fill: #fff; stroke: var(--c); stroke-width: 1.8 }
 .band { fill: var(--c); opacity: .17 } .grid { stroke: #dde1e6 }
 """
-_COLOURS, _DASHES = 6, 4
 _APART = 7  # points of a line are shown if they are so far apart
 
 
@@ -64,9 +60,14 @@ class Line(NamedTuple):
     areas: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
 
     @property
+    def colours(self) -> str:
+        """Its class in the style sheet."""
+        return f"c{self.colour % 6}"
+
+    @property
     def style(self) -> str:
-        """Its classes in the style sheet."""
-        return f"c{self.colour % _COLOURS} d{self.dash % _DASHES}"
+        """Its classes in the style sheet, dashes included."""
+        return f"{self.colours} d{self.dash % 4}"
 
 
 def document(title: str, body: str) -> str:
@@ -107,6 +108,15 @@ def picture(path: Path, alt: str) -> str:
         return f"<p>{escape(f'{path.name} cannot be read: {error}')}</p>"
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<div class="wide"><img {size} alt="{escape(alt)}" src="data:{kind};base64,{data}"/></div>'
+
+
+def legend(lines: Sequence[Line]) -> str:
+    """A sample of each line, its name and its last value."""
+    return "".join(
+        f'<span class="key {line.colours}"><svg viewBox="0 0 24 8"><path class="line {line.style}" d="M0 3H24"/></svg> '
+        f"{escape(line.name)} {number(line.y[-1])}</span>"
+        for line in lines
+    )
 
 
 def chart(
@@ -152,7 +162,7 @@ def chart(
     for line in lines:
         for below, above in line.areas:
             around = path([*line.x, *reversed(line.x)], [*above, *reversed(below)])
-            parts.append(f'<path class="band {line.style}" d="{around}Z"/>')
+            parts.append(f'<path class="band {line.colours}" d="{around}Z"/>')
     for line in lines:
         name, best = escape(line.name), line.y.index(max(line.y)) if line.best else None
         parts.append(f'<path class="line {line.style}" d="{path(line.x, line.y)}"><title>{name}</title></path>')
@@ -162,7 +172,7 @@ def chart(
                 kind, radius, mark = ("best", 4, " best:") if i == best else ("dot", 1.9, "")
                 place = 'cx="{:.1f}" cy="{:.1f}"'.format(*at(x, y))
                 said = f"<title>{name}{mark} {number(y)} in epoch {x}</title>"
-                parts.append(f'<circle class="{kind} {line.style}" {place} r="{radius}">{said}</circle>')
+                parts.append(f'<circle class="{kind} {line.colours}" {place} r="{radius}">{said}</circle>')
     return "".join([*parts, "</svg>"])
 
 

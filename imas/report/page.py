@@ -17,7 +17,7 @@ import yaml
 
 from ..files import replacing
 from ..strict import UserError
-from .markup import Line, Markup, chart, document, number, picture, table
+from .markup import Line, Markup, chart, document, legend, number, picture, table
 from .records import NETWORK_NAMES, Curve, Record, read_records
 
 Runs = Sequence[Record]
@@ -65,8 +65,9 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
 def _write(runs: Runs, out: Path) -> None:
     for stage in (stage for run in runs for stage in run.stages):
         _write([stage], stage.folder / "report.html")
+    recipes = [(f"{run.name}: config.yaml", run.recipe) for run in runs if run.recipe]
     starts = [(f"{run.name}: started {start.get('started')}", start) for run in runs for start in run.starts]
-    boards = [run.folder / "tensorboard" for run in runs if (run.folder / "tensorboard").is_dir()]
+    boards = [shlex.quote(str(run.folder / "tensorboard")) for run in runs if (run.folder / "tensorboard").is_dir()]
     sections = {
         "Summary": _summary(runs),
         "Stages": "".join(_stages(run, out) for run in runs),
@@ -76,11 +77,9 @@ def _write(runs: Runs, out: Path) -> None:
         "Evaluation of each class, in percent": _evaluation(runs),
         "The hardest and the easiest unlabeled images": _images(runs),
         "Validation images": _pictures(runs, "predictions.png", "image, truth and predictions"),
-        "Recipe": "".join(_folded(f"{run.name}: config.yaml", run.recipe) for run in runs if run.recipe),
+        "Recipe": "".join(_folded(*recipe) for recipe in recipes),
         "Environment": "".join(_folded(*start) for start in starts),
-        "TensorBoard": "".join(
-            f"<pre>tensorboard --logdir {escape(shlex.quote(str(board)))}</pre>" for board in boards
-        ),
+        "TensorBoard": "".join(f"<pre>tensorboard --logdir {escape(board)}</pre>" for board in boards),
     }
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
     body = f"<h1>{escape(title)}</h1>" + "".join(f"<p>{_label(run)} {_in_words(run)}</p>" for run in runs)
@@ -108,11 +107,11 @@ def _summary(runs: Runs) -> str:
     facts = [_facts(run) for run in runs]
     questions = dict.fromkeys(question for each in facts for question, answer in each.items() if answer)
     rows = [(question, *(each.get(question) or None for each in facts)) for question in questions]
-    return table(_header(runs), rows) if rows else ""
+    return table(["", *map(_label, runs)], rows) if rows else ""
 
 
-def _facts(run: Record) -> dict[str, str]:
-    """What the summary says; an empty text where nothing is known."""
+def _facts(run: Record) -> dict[str, Any]:
+    """The rows of the summary; empty or None where nothing is known."""
     start, recipe = run.starts[-1] if run.starts else {}, _flat(run.recipe)
     lists = {name: entry["images"] for name, entry in (start.get("lists") or {}).items()}
     protocol = {name: value for name, value in run.evaluation.get("protocol", {}).items() if name != "epoch"}
@@ -147,7 +146,7 @@ def _stages(run: Record, out: Path) -> str:
     for stage in run.stages:
         page = Path(os.path.relpath(stage.folder / "report.html", out.parent.resolve())).as_posix()
         items += f'<li><a href="{quote(page)}">{escape(stage.name)}</a>: {_in_words(stage)}</li>'
-    return items and f"{_heading(run)}<ul>{items}</ul>"
+    return items and f"<h3>{_label(run)}</h3><ul>{items}</ul>"
 
 
 def _differences(runs: Runs) -> str:
@@ -157,7 +156,7 @@ def _differences(runs: Runs) -> str:
     keys = sorted(dict.fromkeys(key for recipe in recipes for key in recipe), key=lambda key: "." in key)
     rows = [(key, *(recipe.get(key) for recipe in recipes)) for key in keys]
     rows = [row for row in rows if any(value != row[1] for value in row[2:])]
-    return table(_header(runs), rows) if rows else "<p>Nothing: the recipes are equal.</p>"
+    return table(["", *map(_label, runs)], rows) if rows else "<p>Nothing: the recipes are equal.</p>"
 
 
 def _curves(runs: Runs) -> str:
@@ -174,14 +173,12 @@ def _curves(runs: Runs) -> str:
             dash = dashes[group].setdefault(column, len(dashes[group]))
             name = _line_name(run, NETWORK_NAMES.get(role, role))
             groups.setdefault(group, []).append(Line(*curve, run.place, dash, name, group == "miou"))
-    words = [group.partition("_")[0] for group in _CHARTS]
-    figures = ""
+    figures, words = "", [group.partition("_")[0] for group in _CHARTS]
     for group in sorted(groups, key=lambda group: [*words, group.partition("_")[0]].index(group.partition("_")[0])):
         if lines := groups[group]:
             title, zero = _CHARTS.get(group, group.replace("_", " ")), [0.0] * group.startswith(_FROM_ZERO)
-            keys = (f'<span class="key {line.style}">{escape(line.name)} {number(line.y[-1])}</span>' for line in lines)
-            svg = chart(lines, title=title, epochs=_epochs(runs), include=zero)
-            figures += f"<figure><figcaption>{escape(title)}</figcaption>{''.join(keys)}{svg}</figure>"
+                        svg = chart(lines, title=title, epochs=_epochs(runs), include=zero)
+            figures += f"<figure><figcaption>{escape(title)}</figcaption>{legend(lines)}{svg}</figure>"
     nothing = "" if any(run.stages for run in runs) else "<p>No epoch is done yet.</p>"
     return f'<div class="charts">{figures}</div>' if figures else nothing
 
@@ -219,21 +216,18 @@ def _pseudo_labels(runs: Runs) -> str:
             texts += "</p>"
         svg = chart(lines, title=f"pixels of {name}", epochs=_epochs(runs), include=[0.0], small=True)
         figures += f"<figure><figcaption>{escape(name)}</figcaption>{svg}{texts}</figure>"
-    explanation = (
-        '<p class="quiet">Over the epochs; each class has its own scale. Dashed: share of the pixels of the unlabeled '
-        "crops with this pseudo label. Filled: those of them that pass the threshold. Figures: that share in the last "
-        "epoch, the share of the class in the labeled crops, and how much passes.</p>"
+    note = (
+        "Each class has its own scale. Dashed: share of the pixels of the unlabeled crops with this pseudo label. "
+        "Filled: those that pass the threshold. Figures: of the last epoch; the share of the class in the labeled crops."
     )
-    return figures and f'{explanation}<div class="small">{figures}</div>'
+    return figures and f'<p class="quiet">{note}</p><div class="small">{figures}</div>'
 
 
 def _evaluation(runs: Runs) -> str:
     """IoU and, of a single run, accuracy of each network, and each class's share of the true pixels."""
     networks = [(run, name, figures) for run in runs for name, figures in run.evaluation.get("networks", {}).items()]
     kinds = {"iou": "IoU", "accuracy": "accuracy"} if len(runs) == 1 else {"iou": "IoU"}
-    header = [
-        Markup(f"{_label(run)} {escape(name)} {word}".strip()) for run, name, _ in networks for word in kinds.values()
-    ]
+    header = [f"{_label(run)} {escape(name)} {word}".strip() for run, name, _ in networks for word in kinds.values()]
     rows: list[list[Any]] = []
     for name in dict.fromkeys(name for _, _, figures in networks for name in figures.get("iou", {})):
         cells = [figures.get(kind, {}).get(name) for _, _, figures in networks for kind in kinds]
@@ -242,7 +236,7 @@ def _evaluation(runs: Runs) -> str:
         cells = [figures.get(mean) for _, _, figures in networks for mean in means[: len(kinds)]]
         rows.append([title, *map(_percent, cells), ""])
     note = '<p class="quiet">After the last epoch. By frequency: a class weighs as much as it has pixels.</p>'
-    return note + table(["class", *header, "pixels"], rows, numbers=True) if networks else ""
+    return note + table(["class", *map(Markup, header), "pixels"], rows, numbers=True) if networks else ""
 
 
 def _images(runs: Runs) -> str:
@@ -250,7 +244,7 @@ def _images(runs: Runs) -> str:
     for run in (run for run in runs if run.scores):
         ranked = sorted(run.scores, key=lambda image: run.scores[image].values[-1])
         count = min(_EXTREMES, (len(ranked) + 1) // 2)
-        parts += f'{_heading(run)}<div class="pair">'
+        parts += f'<h3>{_label(run)}</h3><div class="pair">'
         for title, images in (("hardest first", ranked[:count]), ("easiest first", ranked[count:][-count:][::-1])):
             header = ["image", "last score", "epoch", "since first", "trend, 0 to 1"]
             rows = [_image(run, image) for image in images]
@@ -270,8 +264,10 @@ def _image(run: Record, image: str) -> tuple[Any, ...]:
 
 
 def _pictures(runs: Runs, name: str, what: str) -> str:
-    shown = [run for run in runs if (run.folder / name).is_file()]
-    return "".join(_heading(run) + picture(run.folder / name, f"{run.name}: {what}") for run in shown)
+    pictures = (
+        (run, picture(run.folder / name, f"{run.name}: {what}")) for run in runs if (run.folder / name).is_file()
+    )
+    return "".join(f"<h3>{_label(run)}</h3>{image}" for run, image in pictures)
 
 
 def _folded(title: str, content: dict) -> str:
@@ -282,15 +278,7 @@ def _folded(title: str, content: dict) -> str:
 
 def _label(run: Record) -> Markup:
     """The run's name in its colour, if there are several runs; otherwise nothing."""
-    return Markup("" if run.alone else f'<span class="run {Line((), (), run.place).style}">{escape(run.name)}</span>')
-
-
-def _heading(run: Record) -> str:
-    return "" if run.alone else f"<h3>{_label(run)}</h3>"
-
-
-def _header(runs: Runs) -> list[Markup]:
-    return [Markup(""), *map(_label, runs)]
+    return Markup("" if run.alone else f'<span class="run {Line((), (), run.place).colours}">{escape(run.name)}</span>')
 
 
 def _line_name(run: Record, role: str) -> str:
@@ -299,8 +287,8 @@ def _line_name(run: Record, role: str) -> str:
 
 def _epochs(runs: Runs) -> tuple[int, int]:
     """The first and the last epoch of the horizontal axis of every chart."""
-    epochs = [epoch for run in runs for curve in [*run.curves.values(), *run.scores.values()] for epoch in curve.epochs]
-    return min(epochs), max(epochs)
+    curves = [curve.epochs for run in runs for curve in (*run.curves.values(), *run.scores.values())]
+    return min(epochs[0] for epochs in curves), max(epochs[-1] for epochs in curves)
 
 
 def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
