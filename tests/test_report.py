@@ -354,7 +354,7 @@ def test_training_writes_the_page_and_does_not_fail_for_it(
 
 def test_a_line_is_where_its_values_are() -> None:
     """Epochs 0..10 take up 46..432 of the picture, values 0..1 take up 179..10."""
-    line = Line([0, 5, 10], [0.0, 0.5, 1.0], 7, 1, "a<b teacher", True, [([0, 0, 0], [0.0, 0.5, 1.0])])
+    line = Line([0, 5, 10], [0.0, 0.5, 1.0], "c1", 5, "a<b teacher", True, [([0, 0, 0], [0.0, 0.5, 1.0])])
     svg = ElementTree.fromstring(chart([line], title="t", epochs=(0, 10)))
     path = next(path for path in svg.iter("path") if path.get("class") == "line c1 d1")
     assert path.get("d") == "M46.0 179.0L239.0 94.5L432.0 10.0" and path.findtext("title") == "a<b teacher"

@@ -31,7 +31,8 @@ p { margin: .3rem 0 } .quiet, caption, .tick { color: #626b76; fill: #626b76 } c
 figure { margin: 0; min-width: 0; break-inside: avoid } figcaption { font-weight: 600; font-size: 15px }
 .wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .22rem 1.2rem .22rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #dde1e6 }
-td { min-width: 6.5rem } tbody th { min-width: 8rem } .pair tbody th { min-width: 11rem } td svg { width: 120px; margin-left: auto }
+td { min-width: 6.5rem } tbody th { min-width: 8rem } .pair tbody th { min-width: 11rem }
+td svg { width: 120px; margin-left: auto }
 .n td, .n thead th:not(:first-child) { text-align: right; min-width: 0; white-space: nowrap }
 img { display: block; max-width: 100%; height: auto; min-width: 38rem } pre { overflow-x: auto; font-size: .82rem }
 svg { display: block; width: 100%; height: auto; overflow: visible; font: 12px system-ui, sans-serif }
@@ -53,32 +54,23 @@ class Line(NamedTuple):
 
     x: Sequence[float]
     y: Sequence[float]
-    colour: int = 0
+    colour: str = "c0"  # c0 to c5 of the style sheet
     dash: int = 0
     name: str = ""
     best: bool = False  # mark the highest point
     areas: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
 
-    @property
-    def colours(self) -> str:
-        """Its class in the style sheet."""
-        return f"c{self.colour % 6}"
-
-    @property
-    def style(self) -> str:
-        """Its classes in the style sheet, dashes included."""
-        return f"{self.colours} d{self.dash % 4}"
-
 
 def document(title: str, body: str) -> str:
     """A whole page. Its policy forbids scripts, and loading anything."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{escape(title)}</title>
+<style>{_STYLE}</style></head>
+<body>{body}</body></html>
+"""
 
 
 def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], *, caption: str = "", numbers: bool = False) -> Markup:
@@ -112,11 +104,12 @@ def picture(path: Path, alt: str) -> str:
 
 def legend(lines: Sequence[Line]) -> str:
     """A sample of each line, its name and its last value."""
-    return "".join(
-        f'<span class="key {line.colours}"><svg viewBox="0 0 24 8"><path class="line {line.style}" d="M0 3H24"/></svg> '
-        f"{escape(line.name)} {number(line.y[-1])}</span>"
-        for line in lines
-    )
+    keys = ""
+    for line in lines:
+        sample = f'<path class="line {line.colour} d{line.dash % 4}" d="M0 3H24"/>'
+        text = f"{escape(line.name)} {number(line.y[-1])}"
+        keys += f'<span class="key {line.colour}"><svg viewBox="0 0 24 8">{sample}</svg> {text}</span>'
+    return keys
 
 
 def chart(
@@ -162,17 +155,19 @@ def chart(
     for line in lines:
         for below, above in line.areas:
             around = path([*line.x, *reversed(line.x)], [*above, *reversed(below)])
-            parts.append(f'<path class="band {line.colours}" d="{around}Z"/>')
+            parts.append(f'<path class="band {line.colour}" d="{around}Z"/>')
     for line in lines:
         name, best = escape(line.name), line.y.index(max(line.y)) if line.best else None
-        parts.append(f'<path class="line {line.style}" d="{path(line.x, line.y)}"><title>{name}</title></path>')
+        parts.append(
+            f'<path class="line {line.colour} d{line.dash % 4}" d="{path(line.x, line.y)}"><title>{name}</title></path>'
+        )
         sparse = at(line.x[-1], 0)[0] - at(line.x[0], 0)[0] >= _APART * (len(line.x) - 1)
         for i, (x, y) in enumerate(zip(line.x, line.y)):
             if sparse or i == best:
                 kind, radius, mark = ("best", 4, " best:") if i == best else ("dot", 1.9, "")
                 place = 'cx="{:.1f}" cy="{:.1f}"'.format(*at(x, y))
                 said = f"<title>{name}{mark} {number(y)} in epoch {x}</title>"
-                parts.append(f'<circle class="{kind} {line.colours}" {place} r="{radius}">{said}</circle>')
+                parts.append(f'<circle class="{kind} {line.colour}" {place} r="{radius}">{said}</circle>')
     return "".join([*parts, "</svg>"])
 
 

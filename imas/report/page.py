@@ -172,12 +172,12 @@ def _curves(runs: Runs) -> str:
             role = column.removeprefix(group).strip("_")
             dash = dashes[group].setdefault(column, len(dashes[group]))
             name = _line_name(run, NETWORK_NAMES.get(role, role))
-            groups.setdefault(group, []).append(Line(*curve, run.place, dash, name, group == "miou"))
+            groups.setdefault(group, []).append(Line(*curve, run.colour, dash, name, group == "miou"))
     figures, words = "", [group.partition("_")[0] for group in _CHARTS]
     for group in sorted(groups, key=lambda group: [*words, group.partition("_")[0]].index(group.partition("_")[0])):
         if lines := groups[group]:
             title, zero = _CHARTS.get(group, group.replace("_", " ")), [0.0] * group.startswith(_FROM_ZERO)
-                        svg = chart(lines, title=title, epochs=_epochs(runs), include=zero)
+            svg = chart(lines, title=title, epochs=_epochs(runs), include=zero)
             figures += f"<figure><figcaption>{escape(title)}</figcaption>{legend(lines)}{svg}</figure>"
     nothing = "" if any(run.stages for run in runs) else "<p>No epoch is done yet.</p>"
     return f'<div class="charts">{figures}</div>' if figures else nothing
@@ -194,7 +194,7 @@ def _distribution(run: Record) -> list[Line]:
     spread = [np.quantile(scores[epoch], (0.05, 0.25, 0.5, 0.75, 0.95)) for epoch in sorted(scores)]
     lowest, low, middle, high, highest = np.array(spread).T.tolist()
     areas = ((lowest, highest), (low, high))
-    return [Line(sorted(scores), middle, run.place, 0, _line_name(run, "median"), areas=areas)]
+    return [Line(sorted(scores), middle, run.colour, 0, _line_name(run, "median"), areas=areas)]
 
 
 def _pseudo_labels(runs: Runs) -> str:
@@ -205,20 +205,20 @@ def _pseudo_labels(runs: Runs) -> str:
         lines, texts = [], ""
         for run in (run for run in runs if column in run.curves):
             predicted, share = run.curves[column], run.curves[column].values[-1]
-            lines.append(Line(*predicted, run.place, 1))
+            lines.append(Line(*predicted, run.colour, 1))
             texts += f'<p class="quiet">{_label(run)} {number(100 * share)} %'
             if labeled := run.curves.get(f"labeled/{name}"):
                 texts += f" (labeled {number(100 * float(np.mean(labeled.values)))} %)"
             if confident := run.curves.get(f"confident/{name}"):
                 area = ([0.0] * len(confident.epochs), confident.values)
-                lines.append(Line(*confident, run.place, areas=[area]))
+                lines.append(Line(*confident, run.colour, areas=[area]))
                 texts += f", {number(100 * confident.values[-1] / share)} % pass" if share else ""
             texts += "</p>"
         svg = chart(lines, title=f"pixels of {name}", epochs=_epochs(runs), include=[0.0], small=True)
         figures += f"<figure><figcaption>{escape(name)}</figcaption>{svg}{texts}</figure>"
     note = (
         "Each class has its own scale. Dashed: share of the pixels of the unlabeled crops with this pseudo label. "
-        "Filled: those that pass the threshold. Figures: of the last epoch; the share of the class in the labeled crops."
+        "Filled: those that pass the threshold. Figures: of the last epoch; the class's share of the labeled crops."
     )
     return figures and f'<p class="quiet">{note}</p><div class="small">{figures}</div>'
 
@@ -258,7 +258,7 @@ def _images(runs: Runs) -> str:
 def _image(run: Record, image: str) -> tuple[Any, ...]:
     """Its row in the table of scores."""
     epochs, values = run.scores[image]
-    line, title = Line(epochs, values, run.place), f"scores of {image}"
+    line, title = Line(epochs, values, run.colour), f"scores of {image}"
     trend = Markup(chart([line], title=title, epochs=_epochs([run]), include=(0.0, 1.0), small=True))
     return image, f"{values[-1]:.3f}", epochs[-1], f"{values[-1] - values[0]:+.2f}" if len(values) > 1 else None, trend
 
@@ -278,7 +278,7 @@ def _folded(title: str, content: dict) -> str:
 
 def _label(run: Record) -> Markup:
     """The run's name in its colour, if there are several runs; otherwise nothing."""
-    return Markup("" if run.alone else f'<span class="run {Line((), (), run.place).colours}">{escape(run.name)}</span>')
+    return Markup("" if run.alone else f'<span class="run {run.colour}">{escape(run.name)}</span>')
 
 
 def _line_name(run: Record, role: str) -> str:

@@ -37,7 +37,7 @@ class Record:
 
     folder: Path  # the log folder
     name: str  # short, and different for all runs on one page
-    place: int  # among the runs on the page, from 0; it decides the colour
+    colour: str  # its class in the style sheet
     alone: bool  # the only run on the page
     epochs: int  # epochs done
     curves: dict[str, Curve]  # by column of metrics.csv and training.csv; columns without a value are left out
@@ -70,7 +70,7 @@ def read_records(runs: Sequence[Path]) -> list[Record]:
     folders = [log.parent if log.name == "log" else log for log in logs]
     common = os.path.commonpath(folders if len(runs) > 1 else [folders[0].parent])
     names = [folder.relative_to(common).as_posix() for folder in folders]
-    return [_read(log, name, i, len(runs) == 1) for i, (log, name) in enumerate(zip(logs, names))]
+    return [_read(log, name, f"c{i % 6}", len(runs) == 1) for i, (log, name) in enumerate(zip(logs, names))]
 
 
 def _log_folder(run: Path) -> Path:
@@ -80,7 +80,7 @@ def _log_folder(run: Path) -> Path:
     raise UserError(f"{run}: no log/metrics.csv there, so no run; expected the folder of a run, or its log folder")
 
 
-def _read(log: Path, name: str, place: int, alone: bool) -> Record:
+def _read(log: Path, name: str, colour: str, alone: bool) -> Record:
     metrics, training = _columns(log / "metrics.csv"), _columns(log / "training.csv")
     epochs = max(metrics.pop("epoch", Curve([-1], [])).epochs) + 1
     training.pop("epoch", None)
@@ -89,7 +89,7 @@ def _read(log: Path, name: str, place: int, alone: bool) -> Record:
     return Record(
         folder=log,
         name=name,
-        place=place,
+        colour=colour,
         alone=alone,
         epochs=epochs,
         curves=metrics | training,
@@ -98,7 +98,7 @@ def _read(log: Path, name: str, place: int, alone: bool) -> Record:
         evaluation=_load(log / "evaluation.json", dict),
         recipe=_load(log / "config.yaml", dict),
         starts=_load(log / "run.yaml", list),
-        stages=[_read(path.parent, path.parent.name, 0, True) for path in stages],
+        stages=[_read(path.parent, path.parent.name, "c0", True) for path in stages],
     )
 
 
