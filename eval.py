@@ -8,7 +8,7 @@ As training does it after each epoch, on the validation list of the configuratio
 Another list, other views, all that can be written; checkpoints of the authors' code need a configuration beside them:
 
     python eval.py --config CONFIG --checkpoint FILE --list test.txt --root DATA --flip --scales 0.75 1 1.25 \\
-        --boundary --json out.json --csv out.csv --confusion confusion.png
+        --json out.json --csv out.csv --confusion confusion.png
 
 Images without ground truth, each at its own size; OUT gets the folders index (class numbers as PNGs with the palette),
 overlay (the image, half covered by the colours) and confidence (the class's mean probability, grey 0..255 for 0..1):
@@ -44,7 +44,7 @@ from imas.schema import Config
 from imas.strict import Together, UserError, run_script
 
 log = logging.getLogger("imas")
-_WITH_TRUTH = ("list", "root", "boundary", "json", "csv", "confusion")
+_WITH_TRUTH = ("list", "root", "json", "csv", "confusion")
 _WITHOUT_TRUTH = ("save_dir", "cityscapes_ids")
 
 
@@ -77,7 +77,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     truth.add_argument(
         "--root", type=Path, metavar="DIR", help="where they and their masks lie, not dataset.val.data_root"
     )
-    truth.add_argument("--boundary", action="store_true", help="Boundary IoU, too (bands of 2 %% of the diagonal)")
     truth.add_argument("--json", type=Path, metavar="FILE", help="write all figures, unrounded, with the protocol")
     truth.add_argument("--csv", type=Path, metavar="FILE", help="the same, a row a class")
     truth.add_argument("--confusion", type=Path, metavar="FILE.png", help="a picture of the confusion matrix")
@@ -166,7 +165,7 @@ def evaluate(
     """Count on labeled images; print the table, and write what was asked for."""
     lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
     with distributed.process_group() as device:
-        evaluation = Evaluation(config, lists, device, protocol, options.accumulate, options.boundary)
+        evaluation = Evaluation(config, lists, device, protocol, options.accumulate)
         matrix = evaluation({about["network"]: network.to(device)})[about["network"]]
     if not distributed.is_main():
         return

@@ -1,4 +1,4 @@
-"""Windows, views and bounded memory; boundary IoU; ``eval.py`` with its options, and without ground truth."""
+"""Windows, views and bounded memory; ``eval.py`` with its options, and without ground truth."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import eval as script
-from imas import ConfusionMatrix, build_model, load_config, predict_sliding
+from imas import build_model, load_config, predict_sliding
 from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, SHAPES
 from imas.engine.predict import find_images
 from imas.engine.sliding import Predictor, Protocol, labels, labels_and_confidence, protocol_bands
-from imas.ops.metrics import BoundaryIoU
 from imas.strict import UserError
 
 
@@ -162,51 +161,6 @@ def test_a_large_image_stays_within_the_bound() -> None:
     assert float(rise) * 2**20 < bound < (12 + 4 * 8) * 24e6  # the last: what the whole map would need, with the image
 
 
-# Boundary IoU
-
-
-def test_boundary_iou_by_hand() -> None:
-    """A 2 % band of a 60 × 60 image is 2 pixels wide; the square of class 1 is predicted one pixel too far right."""
-    target = torch.zeros(1, 60, 60, dtype=torch.int64)
-    target[:, 20:40, 20:40] = 1
-    predicted = target.roll(1, dims=2)
-    counts = BoundaryIoU(3, 255, "cpu")
-    counts.update(predicted.byte(), target)
-    # Rings of 2 pixels around 20 × 20: 400 - 16² = 144 each. Common: rows 2·2·19, and of 16 rows one column each side.
-    common = 2 * 2 * 19 + 16 * 2
-    assert counts.iou[1].item() == pytest.approx(common / (2 * 144 - common))
-    assert counts.iou[2].isnan() and 0 < counts.iou[0] < 1
-    assert counts.mean == pytest.approx(counts.iou[:2].mean().item())
-    counts = BoundaryIoU(3, 255, "cpu")
-    counts.update(target, target)
-    assert counts.mean == 1
-    target[:, :, 30:] = 255  # a wrong half that does not count
-    counts.update(torch.where(target == 255, 2, target), target)
-    assert counts.mean == 1
-
-
-@pytest.mark.parametrize(("classes", "ignore"), [(3, 255), (3, 3), (19, 255), (21, 255)])
-def test_boundary_iou_equals_a_slow_twin(classes: int, ignore: int) -> None:
-    rng = torch.Generator().manual_seed(0)
-    coarse = [torch.randint(0, classes, (1, 1, 6, 8), generator=rng).float() for _ in range(2)]
-    coarse[1] = torch.where(torch.rand(1, 1, 6, 8, generator=rng) < 0.5, *coarse)
-    target, predicted = (F.interpolate(part, (60, 81)).long()[0] for part in coarse)
-    target[0, 25:33, 10:50] = ignore
-    matrix = ConfusionMatrix(classes, ignore, boundary=True)
-    matrix.update(predicted, target)
-    radius, found = round(0.02 * math.hypot(60, 81)), []
-    valid = (target != ignore)[0]
-    for number in range(classes):  # erosion of each class's mask, as the paper has it
-        bands = []
-        for labels_ in (predicted, target):
-            mask = ((labels_[0] == number) & valid).float()
-            outside = F.max_pool2d(F.pad(1 - mask, (radius,) * 4, value=1)[None], 2 * radius + 1, stride=1)[0]
-            bands.append((mask * outside).bool())
-        absent = not bands[1].any()
-        found.append(math.nan if absent else ((bands[0] & bands[1]).sum() / (bands[0] | bands[1]).sum()).item())
-    assert matrix.boundary.iou.tolist() == pytest.approx(found, nan_ok=True)
-
-
 # eval.py
 
 
@@ -234,7 +188,7 @@ def _main(*words: str | Path) -> None:
 def test_every_output_stands_beside_its_protocol(trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     checkpoint = trained()
     out = {name: tmp_path / f"out.{name}" for name in ("json", "csv", "png")}
-    words = ("--json", out["json"], "--csv", out["csv"], "--confusion", out["png"], "--boundary")
+    words = ("--json", out["json"], "--csv", out["csv"], "--confusion", out["png"])
     _main("--checkpoint", checkpoint, "--flip", "--scales", "0.5", "1", *words)
     shown = capsys.readouterr().out
     assert "(teacher, 5 images, windows of 48, stride 32, flip, scales 0.5 1)" in shown
@@ -247,7 +201,6 @@ def test_every_output_stands_beside_its_protocol(trained, tmp_path: Path, capsys
     assert [row["class"] for row in rows] == [*SHAPES.class_names, "mean", "by frequency"]
     assert all(row["images"] == "5" and row["scales"] == "0.5 1.0" for row in rows)
     assert float(rows[-2]["iou"]) == figures["miou"] and float(rows[-1]["iou"]) == figures["fwiou"]
-    assert float(rows[-2]["boundary_iou"]) == figures["mean_boundary_iou"]
     assert float(rows[0]["pixels"]) == figures["pixels"]["background"]
     assert min(Image.open(out["png"]).size) > 300
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.json", "out.png", "run"]

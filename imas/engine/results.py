@@ -14,10 +14,10 @@ from ..files import replacing
 from ..ops.metrics import ConfusionMatrix
 from ..strict import UserError
 
-_COLUMNS = ("iou", "accuracy", "pixels", "boundary_iou")  # of ``figures``, by class
+_COLUMNS = ("iou", "accuracy", "pixels")  # of ``figures``, by class
 _MEANS = {  # rows below the classes: their figures in the same columns
-    "mean": ("miou", "mean_accuracy", None, "mean_boundary_iou"),
-    "by frequency": ("fwiou", "pixel_accuracy", None, None),
+    "mean": ("miou", "mean_accuracy", None),
+    "by frequency": ("fwiou", "pixel_accuracy", None),
 }
 _GAP = 10
 _FULL = (8, 48, 107)  # the colour of 100 %; 0 % is white
@@ -61,13 +61,12 @@ def write_csv(path: Path, protocol: dict[str, Any], figures: dict[str, Any]) -> 
     """A row for each class and each mean, with the protocol in every row, so that files can be put together. Percent,
     unrounded; what does not exist stays empty.
     """
-    columns = [column for column in _COLUMNS if column in figures]
-    rows = [[name, *(figures[column][name] for column in columns)] for name in figures["iou"]]
+    rows = [[name, *(figures[column][name] for column in _COLUMNS)] for name in figures["iou"]]
     for name, keys in _MEANS.items():
-        rows.append([name, *(figures[key] if key else None for key in keys[: len(columns)])])
+        rows.append([name, *(figures[key] if key else None for key in keys)])
     words = [" ".join(map(str, value)) if isinstance(value, list) else value for value in protocol.values()]
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([[*protocol, "class", *columns], *([*words, *row] for row in rows)])
+        csv.writer(file).writerows([[*protocol, "class", *_COLUMNS], *([*words, *row] for row in rows)])
 
 
 def confusion_picture(matrix: ConfusionMatrix, class_names: tuple[str, ...], caption: str) -> Image.Image:
