@@ -28,7 +28,6 @@ from imas.data.loaders import TrainingData
 from imas.engine import checkpoint, lock
 from imas.engine.fit import fit
 from imas.engine.log import start_logging
-from imas.engine.memory import estimate_step
 from imas.engine.optim import AVERAGES, explain_batch
 from imas.methods.base import Method
 from imas.report import write as write_page
@@ -113,11 +112,10 @@ def prepare(config: Config, resume: str | None) -> tuple[Lists, Method, Path | N
 
 
 def report(config: Config, lists: Lists, seed: int) -> None:
-    """What ``--check`` prints: the resolved recipe, iterations, what differs from the reference, memory."""
+    """What ``--check`` prints: the resolved recipe, iterations, what differs from the reference."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     uncached = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, cache=False))
     data = TrainingData(uncached, lists, seed, distributed.rank(), world)  # to be counted, not to be read
-    memory = estimate_step(config, lambda largest: build_method(largest, pretrained=False))
     if not distributed.is_main():
         return
     log.info("the resolved recipe of %s:\n%s", config.path, yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())
@@ -131,12 +129,6 @@ def report(config: Config, lists: Lists, seed: int) -> None:
         "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations on %d process(es)",
         len(lists.labeled), len(lists.unlabeled), len(lists.val), config.trainer.epochs, len(data), world,
     )  # fmt: skip
-    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory._asdict().items())
-    log.info(
-        "memory of a float32 step without options, estimated: %s MiB a process (%s)",
-        f"{memory.total / 2**20:,.0f}",
-        parts,
-    )
     if health.wrong:
         raise Unhealthy("something is wrong with the data, see above; python -m imas.data check looks at all of it")
     log.info("checked: nothing is wrong, and nothing was written")

@@ -24,7 +24,7 @@ import yaml
 
 _NO_MEMORY = (
     "the GPU is out of memory. trainer.amp: bf16, trainer.checkpoint_encoder: true, or a smaller "
-    "dataset.train.batch_size with a larger trainer.accumulate need less; --check estimates what a float32 step needs"
+    "dataset.train.batch_size with a larger trainer.accumulate need less"
 )
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
