@@ -6,5 +6,8 @@ from .base import Method
 from .imas import IMAS
 from .sup_only import SupOnly
 
-METHODS: dict[str, type[Method]] = {"imas": IMAS, "sup_only": SupOnly}  # by the name of its section in a YAML
+METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
+    "imas": IMAS,
+    "sup_only": SupOnly,
+}
 DEFAULT = "sup_only"  # of a file without such a section
