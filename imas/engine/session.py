@@ -70,7 +70,7 @@ class Session:
         """
         config, lists = dataclasses.replace(config or self.config, stage=stage), lists or self.lists
         mark = config.snapshot_dir / _DONE
-        if stage and mark.is_file():
+        if stage and mark.is_file() and self.resume != "never":
             log.info("stage %s is done: %s", stage, config.snapshot_dir)
             return config
         found = checkpoint.find_checkpoint(config.snapshot_dir, self._resume(config))
