@@ -14,12 +14,12 @@ from conftest import TINY, run
 from PIL import Image
 
 from imas import load_config
-from imas.data.catalog import catalog_of
-from imas.data.doctor import examine
+from imas.data.catalog import catalog_of, open_source
+from imas.data.check import examine
 from imas.data.folder import find
 from imas.data.lists import read_lists
 from imas.data.loaders import TrainingData
-from imas.data.source import DataError, FileSource, open_source
+from imas.data.source import DataError, FileSource
 from imas.schema import Config
 from imas.strict import ConfigError, UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config import load_config
 from ..strict import UserError, run_script
-from .doctor import Unhealthy, examine
+from .check import Unhealthy, examine
 from .draw import draw_splits, own_images, own_masks
 from .lists import read_list, read_lists
 from .splits import make_published
@@ -41,14 +41,14 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=check)
     parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read (default: one a core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read (default: one a core)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write what is wrong with which file to this file")
 
 
 def check(options: argparse.Namespace) -> None:
     """The doctor's table and findings."""
     config = load_config(options.config, options.set)
-    health = examine(config, read_lists(config), workers=max(0, options.workers))
+    health = examine(config, read_lists(config), workers=options.workers)
     print("\n".join([health.table, "", *health.lines()]))
     if options.write is not None:
         files = [file for finding in health.findings for file in finding.files]

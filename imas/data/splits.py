@@ -14,6 +14,7 @@ from urllib.error import HTTPError
 import yaml
 
 from ..strict import UserError
+from .catalog import DATASETS
 from .lists import read_list
 
 AUTHORS = "https://raw.githubusercontent.com/ZhenZHAO/iMAS/main/data/splits/"
@@ -131,7 +132,7 @@ def make_published(
     ways: dict[str, Way] = {}
     remarks: list[str] = []
     if root is not None:
-        bases, remarks = (_pascal_bases if dataset == "pascal" else _cityscapes_bases)(root)
+        bases, remarks = _bases(dataset, root)
         ways["--root"] = partial(_by_rule, bases, have)
     if source is not None:
         ways["--from"] = partial(_copied, source)
@@ -213,42 +214,36 @@ def _by_rule(bases: dict[str, list[str]], have: dict[str, list[str]], name: str)
     return bases[base], f"the data set's own {rule} list"
 
 
-def _pascal_bases(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """What VOC's folder gives: "pool" (train_aug), "train" and "val"; and remarks on what it does not give."""
-    bases, remarks = {}, []
-    for rule in ("train", "val"):
-        try:
-            bases[rule] = read_list(root / "ImageSets" / "Segmentation" / f"{rule}.txt")
-        except UserError as error:
-            remarks.append(str(error))
-    if "val" in bases:
-        masks = root / "SegmentationClassAug"
-        stems = {path.stem for path in masks.glob("*.png") if not path.name.startswith(".")}
-        pool, wanted = stems - set(bases["val"]), _pool_size("pascal")
-        if len(pool) == wanted:
-            bases["pool"] = sorted(pool)
-        else:
-            both = wanted + MANIFEST["pascal/val.txt"].count
-            remarks.append(
-                f"{masks}: expected {wanted:,} masks of images that are not in ImageSets/Segmentation/val.txt "
-                f"(train_aug), found {len(pool):,} ({len(stems):,} masks in all). The folder that is meant holds the "
-                f"masks of VOC and SBD together, {both:,} with those of val"
-            )
-    return bases, remarks
+def _bases(dataset: str, root: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The lists that a data set's folder gives: "train", "val" and "pool", all training images; and why it lacks one.
 
-
-def _cityscapes_bases(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """What Cityscapes' folder gives: "pool" (its train folder) and "val"; and remarks on what it does not give."""
-    bases, remarks = {}, []
-    wanted = {"train": ("pool", _pool_size("cityscapes")), "val": ("val", MANIFEST["cityscapes/val.txt"].count)}
-    for part, (base, count) in wanted.items():
-        images = root / "leftImg8bit" / part
-        names = sorted(path.relative_to(root).as_posix() for path in images.glob("*/[!.]*_leftImg8bit.png"))
-        if len(names) == count:
-            bases[base] = names
-        else:
-            remarks.append(f"{images}: expected {count:,} images CITY/..._leftImg8bit.png, found {len(names):,}")
-    return bases, remarks
+    A list line is a file's path below the root if that is where the data set has its image; else the file's stem.
+    """
+    catalog, found, remarks = DATASETS[dataset], {}, []
+    for base, pattern in catalog.folder_lists.items():
+        if pattern.endswith(".txt"):
+            try:
+                found[base] = read_list(root / pattern)
+            except UserError as error:
+                remarks.append(str(error))
+            continue
+        paths = [path for path in root.glob(pattern) if not path.name.startswith(".")]
+        names = {path: path.relative_to(root).as_posix() for path in paths}
+        found[base] = sorted(
+            name if catalog.files(root, name)[0] == path else path.stem for path, name in names.items()
+        )
+    val, size = found.get("val"), _pool_size(dataset)
+    every = found.pop("pool", [])
+    pool = sorted(set(every).difference(val or []))
+    if val and len(pool) == size:
+        found["pool"] = pool
+    elif val:
+        remarks.append(
+            f"{root / catalog.folder_lists['pool']}: expected {size:,} training images "
+            f"({size + MANIFEST[f'{dataset}/val.txt'].count:,} with those of val), found {len(pool):,} "
+            f"({len(every):,} in all)"
+        )
+    return found, remarks
 
 
 def _pool_size(dataset: str) -> int:

@@ -115,7 +115,7 @@ def predict_images(
 
     Args:
         network: on the device of ``predictor``.
-        ids: numbers to write for the classes, in grey without a palette (``catalog.CITYSCAPES_IDS``).
+        ids: numbers to write for the classes, in grey without a palette (``Catalog.test_ids``).
         workers: images that are read ahead, each by a thread.
 
     Returns:
