@@ -11,7 +11,7 @@ from ..strict import UserError, run_script
 from .check import Unhealthy, examine
 from .draw import draw_splits, own_images, own_masks
 from .lists import read_list, read_lists
-from .splits import make_published
+from .splits import PUBLISHED, make_published
 
 # Options that only one of the two uses of ``splits`` has.
 _PUBLISHED = ("dataset", "root", "source", "download")
@@ -69,7 +69,7 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="where the lists go (default data/splits; --new: needed)")
     parser.add_argument("--force", action="store_true", help="replace lists that differ, or earlier draws")
     published = parser.add_argument_group("published lists")
-    published.add_argument("--dataset", choices=("pascal", "cityscapes"))
+    published.add_argument("--dataset", choices=PUBLISHED)
     published.add_argument("--root", type=Path, help="the data set's folder: makes all lists that follow a rule")
     published.add_argument(
         "--from",
@@ -103,7 +103,8 @@ def splits(options: argparse.Namespace) -> None:
         raise UserError(f"{flags}: only {'without' if options.new else 'with'} --new")
     if not options.new:
         if options.dataset is None:
-            raise UserError("--dataset: missing; expected pascal or cityscapes (or --new, to draw lists for own data)")
+            names = " or ".join(PUBLISHED)
+            raise UserError(f"--dataset: missing; expected {names} (or --new, to draw lists for own data)")
         out = options.out or Path("data/splits")
         make_published(
             options.dataset, out, options.root, options.source, bool(options.download), options.force

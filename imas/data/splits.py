@@ -34,6 +34,7 @@ MANIFEST = {
     name: Published(**entry)
     for name, entry in yaml.safe_load(Path(__file__).with_name("splits.yaml").read_text()).items()
 }
+PUBLISHED = tuple(dict.fromkeys(name.partition("/")[0] for name in MANIFEST))  # data sets with published lists
 
 
 def digest(names: Iterable[str]) -> str:
@@ -83,9 +84,9 @@ def _title(name: str) -> str:
     """``pascal/662/labeled.txt`` → "Pascal blended 662 labeled", ``pascal/val.txt`` → "Pascal val"."""
     dataset, *number, kind = name.removesuffix(".txt").split("/")
     words = [dataset.capitalize(), *number, kind]
-    if number and dataset == "pascal":
-        rule = MANIFEST[f"{dataset}/{number[0]}/labeled.txt"].rule
-        words.insert(1, "blended" if rule.startswith("every") else "classic")
+    blended = [listed for listed, entry in MANIFEST.items() if entry.rule.startswith("every")]
+    if number and any(listed.startswith(f"{dataset}/") for listed in blended):  # else there is one kind of split
+        words.insert(1, "blended" if f"{dataset}/{number[0]}/labeled.txt" in blended else "classic")
     return " ".join(words)
 
 
@@ -115,7 +116,7 @@ def make_published(
     """Complete OUT/DATASET with the published lists, each checked against its digest first; print a line for each.
 
     Args:
-        dataset: "pascal" or "cityscapes".
+        dataset: a data set of the manifest.
         root: the data set's folder, for the lists that follow from it.
         source: a folder that has lists: the authors' repository, its ``data/splits``, or anything laid out like it.
         download: get from the authors' repository what nothing else gives.
@@ -229,18 +230,16 @@ def _bases(dataset: str, root: Path) -> tuple[dict[str, list[str]], list[str]]:
             continue
         paths = [path for path in root.glob(pattern) if not path.name.startswith(".")]
         names = {path: path.relative_to(root).as_posix() for path in paths}
-        found[base] = sorted(
-            name if catalog.files(root, name)[0] == path else path.stem for path, name in names.items()
-        )
-    val, size = found.get("val"), _pool_size(dataset)
-    every = found.pop("pool", [])
-    pool = sorted(set(every).difference(val or []))
-    if val and len(pool) == size:
+        lines = [name if catalog.files(root, name)[0] == path else path.stem for path, name in names.items()]
+        found |= {base: sorted(lines)} if lines else {}
+    every, size = found.pop("pool", []), _pool_size(dataset)
+    pool = sorted(set(every).difference(found.get("val", ())))
+    if len(pool) == size:
         found["pool"] = pool
-    elif val:
+    else:
+        both, place = size + MANIFEST[f"{dataset}/val.txt"].count, root / catalog.folder_lists["pool"]
         remarks.append(
-            f"{root / catalog.folder_lists['pool']}: expected {size:,} training images "
-            f"({size + MANIFEST[f'{dataset}/val.txt'].count:,} with those of val), found {len(pool):,} "
+            f"{place}: expected {size:,} training images ({both:,} with those of val), found {len(pool):,} "
             f"({len(every):,} in all)"
         )
     return found, remarks
