@@ -38,10 +38,10 @@ from imas.engine.precision import prepare_network
 from imas.engine.predict import Incomplete, find_images, predict_images
 from imas.engine.results import confusion_picture, need_file, need_folder, write_csv, write_json
 from imas.engine.sliding import Predictor, Protocol
+from imas.errors import Together, UserError, run_script
 from imas.files import replacing
 from imas.models.deeplabv3plus import DeepLabV3Plus
 from imas.schema import Config
-from imas.strict import Together, UserError, run_script
 
 log = logging.getLogger("imas")
 _WITH_TRUTH = ("list", "root", "boundary", "json", "csv", "confusion")

@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node=4 train_semi.py --config exps/.../config.yaml --seed 2
     sh single_run.sh exps/.../config.yaml                # the same, on all visible GPUs
 
-Checkpoints go to <folder of the YAML>/<saver.snapshot_dir>/, everything else to <folder of the YAML>/log/.
+Checkpoints go to OUT/<saver.snapshot_dir>/, everything else to OUT/log/, where OUT is ``--out``, by default the folder of
+the YAML.
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ from imas.data.check import Unhealthy, check_data, examine
 from imas.data.lists import Lists, read_lists
 from imas.data.loaders import TrainingData
 from imas.engine import checkpoint, lock
-from imas.engine.fit import fit
 from imas.engine.log import start_logging
-from imas.engine.memory import estimate_step
 from imas.engine.optim import AVERAGES, explain_batch
-from imas.methods.base import Method
+from imas.engine.session import Session
+from imas.errors import Together, UserError, run_script
+from imas.methods import METHODS
 from imas.report import write as write_page
 from imas.schema import Config
-from imas.strict import Together, UserError, run_script
 
 log = logging.getLogger("imas")
 _QUICK = 50  # images of each list that --check looks at
@@ -50,6 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="override a dotted key, for example trainer.epochs=2",
     )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of all outputs (default: that of the YAML)")
     parser.add_argument(
         "--resume",
         metavar="auto|never|FILE",
@@ -70,53 +71,53 @@ def main(arguments: list[str] | None = None) -> None:
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: expected 0 or more")
     config = load_config(options.config, options.set)
+    if options.out is not None:
+        config = dataclasses.replace(config, out=options.out)
     distributed.read_launcher()
     start_logging()
     if options.deterministic:
         repeat_bitwise()
-    torch.manual_seed(options.seed)
-    lists, method, continued = prepare(config, options.resume)
+    resume = options.resume or ("auto" if config.saver.auto_resume else "never")
+    lists = prepare(config, resume)
     if options.check:
         report(config, lists, options.seed)
         return
     with distributed.process_group() as device:
-        method.to(device)
         _lock = lock.hold(config.log_dir) if distributed.is_main() else None
         start_logging(config.log_dir)
         if config.translated:
             log.info("translated: %s", "; ".join(config.translated))
-        fit(method, config, lists, seed=options.seed, device=device, continued=continued)
-        if distributed.is_main():
-            show(config)
+        session = Session(
+            config, lists, seed=options.seed, device=device, build=build_method, finish=write_report, resume=resume
+        )
+        METHODS[config.method].run(session)
 
 
-def prepare(config: Config, resume: str | None) -> tuple[Lists, Method, Path | None]:
-    """Lists, the method with the weights to start with, and the checkpoint to go on from, if any.
+def prepare(config: Config, resume: str) -> Lists:
+    """Look at everything that can be wrong with data, weights and checkpoints, before a folder is made.
 
     Raises:
-        UserError: everything that is wrong with data, weights and checkpoints, before a folder is made.
+        UserError: all mistakes.
     """
     together = Together()
-    resume = resume or ("auto" if config.saver.auto_resume else "never")
-    continued = together(checkpoint.to_continue, config.snapshot_dir, resume)
+    resumed = together(checkpoint.find_checkpoint, config.snapshot_dir, resume)
     lists = together(check_data if distributed.is_main() else read_lists, config)
-    start = None if continued is not None else config.trainer.start_from
-    method = together(build_method, config, continued is None and start is None)
+    start = None if resumed is not None else config.trainer.start_from
+    method = together(build_method, config, None, resumed is None and start is None)
     if method is not None and start is not None:
         together(checkpoint.start_from, method.networks(), start)
     if method is not None:
         averages = AVERAGES[config.trainer.optimizer.type]
         together(checkpoint.need_space, config.snapshot_dir, method.networks(), averages)
     together.finish()
-    return lists, method, continued
+    return lists
 
 
 def report(config: Config, lists: Lists, seed: int) -> None:
-    """What ``--check`` prints: the resolved recipe, iterations, what differs from the reference, memory."""
+    """What ``--check`` prints: the resolved recipe, iterations, and what differs from the reference batch."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     uncached = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, cache=False))
     data = TrainingData(uncached, lists, seed, distributed.rank(), world)  # to be counted, not to be read
-    memory = estimate_step(config, lambda largest: build_method(largest, pretrained=False))
     if not distributed.is_main():
         return
     log.info("the resolved recipe of %s:\n%s", config.path, yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())
@@ -130,12 +131,6 @@ def report(config: Config, lists: Lists, seed: int) -> None:
         "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations on %d process(es)",
         len(lists.labeled), len(lists.unlabeled), len(lists.val), config.trainer.epochs, len(data), world,
     )  # fmt: skip
-    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory._asdict().items())
-    log.info(
-        "memory of a float32 step without options, estimated: %s MiB a process (%s)",
-        f"{memory.total / 2**20:,.0f}",
-        parts,
-    )
     if health.wrong:
         raise Unhealthy("something is wrong with the data, see above; python -m imas.data check looks at all of it")
     log.info("checked: nothing is wrong, and nothing was written")
@@ -148,8 +143,8 @@ def repeat_bitwise() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def show(config: Config) -> None:
-    """The page of the run. A run that is done and saved does not fail for want of it."""
+def write_report(config: Config) -> None:
+    """Write the page of a run or stage. A run that is done and saved does not fail for want of it."""
     try:
         log.info("report:       %s", write_page([config.log_dir], config.log_dir / "report.html"))
     except (UserError, OSError) as error:

@@ -10,7 +10,6 @@ Letters: B images, H×W the crop, C classes.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imas.models.conv import Conv2d
 from imas.ops import mixing
 from imas.schema import Config
 
@@ -40,10 +38,6 @@ class PlainStep:
 
     def __init__(self, config: Config, student: nn.Module, teacher: nn.Module, clock) -> None:
         self.config, self.student, self.teacher, self.clock = config, student.train(), teacher.eval(), clock
-        for network in (student, teacher):
-            for module in network.modules():
-                if isinstance(module, Conv2d):
-                    module.forward = partial(nn.Conv2d.forward, module)
         kwargs = config.trainer.optimizer.kwargs
         self.optimizer = torch.optim.SGD(
             student.parameters(), kwargs.lr, kwargs.momentum, weight_decay=kwargs.weight_decay, foreach=False

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from imas.engine import checkpoint
-from imas.strict import UserError
+from imas.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "exps" / "shapes_imas" / "config.yaml"

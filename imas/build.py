@@ -1,4 +1,4 @@
-"""From sections of a configuration to networks and methods. Below this file, code gets plain named arguments."""
+"""From sections of a configuration to networks and methods."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .config import read_net
-from .methods.base import Criterion, Method
-from .methods.imas import IMAS
-from .methods.sup_only import SupOnly
+from .errors import UserError
+from .methods import METHODS
+from .methods.base import Method
 from .models.deeplabv3plus import DeepLabV3Plus
 from .models.pretrained import load_encoder
 from .models.resnet import ResNet
 from .ops.losses import cross_entropy, ohem_cross_entropy
 from .schema import Config, Net
-from .strict import UserError
 
 
 def build_model(net: Net | Mapping[str, Any], pretrained: bool = True) -> DeepLabV3Plus:
@@ -61,37 +62,31 @@ def build_model(net: Net | Mapping[str, Any], pretrained: bool = True) -> DeepLa
     )
 
 
-def build_method(config: Config, pretrained: bool = True) -> Method:
-    """The method of a configuration, around a student with ImageNet weights, or random ones if not ``pretrained``."""
-    return METHODS[config.method](config, build_model(config.net, pretrained))
+def build_method(config: Config, kind: type[Method] | None = None, pretrained: bool = True) -> Method:
+    """The method of a configuration, or of another class with the same options.
+
+    Args:
+        kind: a class of ``imas.methods``; default: that of the configuration.
+        pretrained: see ``build_model``.
+    """
+    kind = kind or METHODS[config.method]
+    return kind(config.options, partial(build_model, config.net, pretrained), supervised_loss(config))
 
 
-def _build_sup_only(config: Config, student: DeepLabV3Plus) -> SupOnly:
-    return SupOnly(student, _criterion(config), _aux_weight(config))
-
-
-def _build_imas(config: Config, student: DeepLabV3Plus) -> IMAS:
-    return IMAS(
-        student,
-        _criterion(config),
-        _aux_weight(config),
-        unsupervised=config.trainer.unsupervised,
-        hardness=config.dataset.train.hardness_aware,
-        sup_only_epoch=config.trainer.sup_only_epoch,
-        ema_decay=config.net.ema_decay,
-    )
-
-
-METHODS = {"imas": _build_imas, "sup_only": _build_sup_only}
-
-
-def _criterion(config: Config) -> Criterion:
-    ignore = config.dataset.ignore_label
+def supervised_loss(config: Config) -> partial[Tensor]:
+    """(logits, auxiliary logits or None, labels) → the supervised loss that the configuration describes."""
+    ignore, kwargs = config.dataset.ignore_label, config.criterion.kwargs
     if config.criterion.type == "ce":
-        return partial(cross_entropy, ignore_index=ignore)
-    kwargs = config.criterion.kwargs
-    return partial(ohem_cross_entropy, thresh=kwargs.thresh, min_kept=kwargs.min_kept, ignore_index=ignore)
+        criterion = partial(cross_entropy, ignore_index=ignore)
+    else:
+        criterion = partial(ohem_cross_entropy, thresh=kwargs.thresh, min_kept=kwargs.min_kept, ignore_index=ignore)
+    weight = config.net.aux_loss.loss_weight if config.net.aux_loss is not None else 0.0
+    return partial(main_and_auxiliary, criterion, weight)
 
 
-def _aux_weight(config: Config) -> float:
-    return config.net.aux_loss.loss_weight if config.net.aux_loss is not None else 0.0
+def main_and_auxiliary(
+    criterion: partial[Tensor], weight: float, coarse: Tensor, coarse_aux: Tensor | None, label: Tensor
+) -> Tensor:
+    """The criterion of main and auxiliary logits, (B, C, h, w) before the last resize (spec, Losses)."""
+    loss = criterion(coarse, label)
+    return loss if coarse_aux is None else loss + weight * criterion(coarse_aux, label)

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from . import legacy
 from .data.catalog import DATASETS, catalog_of
+from .errors import ConfigError
+from .methods import DEFAULT, METHODS
 from .schema import Config, CriterionKwargs, Net
-from .strict import ConfigError, Reader, apply_overrides, read_yaml
+from .strict import MISSING, Reader, get, keys_of, parse_override, put, read_yaml, show
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -46,25 +49,84 @@ def carried_config(raw: Any, path: str | Path, overrides: Iterable[str] = ()) ->
 def _checked(raw: Any, reader: Reader, path: Path, overrides: Iterable[str]) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections (dataset, trainer, net, ...), got {type(raw).__name__}")
-    overrides = list(overrides)
-    for word in overrides:
-        reader.override(word.partition("=")[0])
-    config = reader.section(Config, apply_overrides(raw, overrides))
+    raw, remarks = _with_todays_keys(_copied(raw), [parse_override(word) for word in overrides], reader)
+    method = _method_section(raw, reader)
+    options = reader.section(METHODS[method].Options, raw.pop(method, None), method)
+    sections = keys_of(Config)
+    for key in raw.keys() - sections:
+        reader.unknown(str(key), str(key), [*sections, *METHODS], f" (methods: {', '.join(METHODS)})")
+    config = reader.section(Config, raw)
+    config = dataclasses.replace(config, method=method, options=options, path=path, translated=tuple(remarks))
+    with _unreadable(reader):
+        config = dataclasses.replace(config, wants=METHODS[method].wants(options))
     for check in _CHECKS:
-        with contextlib.suppress(AttributeError, KeyError, TypeError) if reader.errors else contextlib.nullcontext():
-            check(config, reader)  # which may need what could not be read
+        with _unreadable(reader):
+            check(config, reader)
     reader.finish()
-    object.__setattr__(config, "translated", tuple(reader.translated))
-    config = _with_derived(config)
-    object.__setattr__(config, "path", path)
-    object.__setattr__(config, "translated", tuple(reader.translated))
-    return config
+    return _with_derived(config)
+
+
+def _unreadable(reader: Reader) -> contextlib.suppress:
+    """Passes over what a check may do to a value that could not be read."""
+    return contextlib.suppress(*((AttributeError, KeyError, TypeError) if reader.errors else ()))
+
+
+def _with_todays_keys(raw: dict, words: list[tuple[str, Any]], reader: Reader) -> tuple[dict, list[str]]:
+    """A raw file with today's keys, overrides included, and a remark for each key that was translated."""
+    together = _copied(raw)
+    for key, value in words:
+        _override(together, key, value)
+    former = not METHODS.keys() & raw.keys()  # a file from before methods had sections, or without one
+    method = legacy.method_of(together) if former else next(name for name in raw if name in METHODS)
+    if method not in METHODS:
+        reader.error("method", f"expected a method ({', '.join(METHODS)}), got {show(method)}")
+    raw, remarks = legacy.translate(raw, method, former, reader)
+    if former:
+        raw.setdefault(method if method in METHODS else DEFAULT, {})
+    for key, value in words:
+        today = legacy.todays_key(key, method)
+        if key not in METHODS:
+            own, more = legacy.translate(_override({}, key, _copied(value)), method, former, reader)
+            value = get(own, today)
+            remarks += more
+        reader.lines.pop(today, None)
+        reader.overridden.add(today)
+        if value is not MISSING:
+            _override(raw, today, value)
+    return raw, remarks
+
+
+def _override(raw: dict, key: str, value: Any) -> dict:
+    """Set a dotted key. A whole section of a method takes the place of the file's method; null takes it away."""
+    if key in METHODS:
+        for name in METHODS if value is not None else [key]:
+            raw.pop(name, None)
+    if key not in METHODS or value is not None:
+        try:
+            put(raw, key, value)
+        except ValueError as error:
+            raise ConfigError(f"override {key}={show(value)}: {error}") from None
+    return raw
+
+
+def _method_section(raw: dict, reader: Reader) -> str:
+    """The one method that has a section in the raw file; without any it is the baseline."""
+    named = [name for name in raw if name in METHODS]
+    for other in named[1:]:
+        reader.error(other, f"an experiment has one method, and this one has the sections {' and '.join(named)}")
+        raw.pop(other)
+    return named[0] if named else DEFAULT
+
+
+def _copied(raw: Any) -> Any:
+    return {key: _copied(value) for key, value in raw.items()} if isinstance(raw, dict) else raw
 
 
 def read_net(raw: dict) -> Net:
-    """A ``net`` section from a plain dict in the schema of the published experiments."""
+    """A ``net`` section from a plain dict in the schema of this project or of the published experiments."""
     reader = Reader("net section")
-    net = reader.section(Net, raw)
+    raw, _ = legacy.translate({"net": _copied(raw)}, DEFAULT, True, reader)
+    net = reader.section(Net, raw["net"], "net")
     reader.finish()
     _check_net(net, reader)
     reader.finish()
@@ -81,33 +143,29 @@ def _with_derived(config: Config) -> Config:
         thresh, min_kept = criterion.kwargs.thresh, criterion.kwargs.min_kept
         kwargs = CriterionKwargs(0.7 if thresh is None else thresh, 100_000 if min_kept is None else min_kept)
         criterion = dataclasses.replace(criterion, kwargs=kwargs)
-    method = config.method or ("imas" if config.trainer.unsupervised else "sup_only")
     trainer = dataclasses.replace(config.trainer, optimizer=optimizer)
     train = dataclasses.replace(train, unlabeled_list=_unlabeled_beside(config) or train.unlabeled_list)
-    if config.translated and config.dataset.type == "cityscapes" and method == "sup_only":
-        # heritage: moves to legacy.py. The authors' SupOnly drops the last short batch of Cityscapes, not of Pascal.
-        train = dataclasses.replace(train, drop_last=True)
     dataset = dataclasses.replace(config.dataset, train=train)
-    return dataclasses.replace(config, method=method, dataset=dataset, trainer=trainer, criterion=criterion)
+    return dataclasses.replace(config, dataset=dataset, trainer=trainer, criterion=criterion)
 
 
 def _unlabeled_beside(config: Config) -> str | None:
     """The unlabeled list beside the labeled one, where it is needed and not given."""
     train, catalog = config.dataset.train, catalog_of(config.dataset)
     in_folders = catalog.files is not None and catalog.find is not None  # the unlabeled images are those of no list
-    needed = config.trainer.unsupervised is not None and not in_folders
+    needed = config.wants.unlabeled and not in_folders
     if not needed or train.data_list is None or train.unlabeled_list is not None:
         return None
     path = Path(train.data_list)
     return str(path.with_name(path.name.replace("labeled.txt", "unlabeled.txt")))
 
 
-def _check_net(net: Net, reader: Reader, prefix: str = "") -> None:
+def _check_net(net: Net, reader: Reader) -> None:
     kwargs = net.encoder.kwargs
     stages = list(kwargs.replace_stride_with_dilation)
     if stages not in ([False, False, False], [False, False, True], [False, True, True]):
         reader.error(
-            f"{prefix}encoder.kwargs.replace_stride_with_dilation",
+            "net.encoder.kwargs.replace_stride_with_dilation",
             "expected [false, false, false] (output stride 32), [false, false, true] (16) or [false, true, true] (8), "
             f"got {stages}",
         )
@@ -115,12 +173,12 @@ def _check_net(net: Net, reader: Reader, prefix: str = "") -> None:
     middle = 4 * kwargs.width * expansion
     if net.encoder.pretrain == "torchvision" and (kwargs.deep_stem or kwargs.width != 64):
         reader.error(
-            f"{prefix}encoder.pretrain",
+            "net.encoder.pretrain",
             "torchvision's weights are for another stem; set kwargs.deep_stem to false and leave kwargs.width at 64",
         )
     if net.aux_loss is not None and net.aux_loss.aux_plane not in (None, middle):
         reader.error(
-            f"{prefix}aux_loss.aux_plane",
+            "net.aux_loss.aux_plane",
             f"x3 of {net.encoder.type} has {middle} channels, got {net.aux_loss.aux_plane}; leave the key out",
         )
 
@@ -152,15 +210,8 @@ def _check_classes(config: Config, reader: Reader) -> None:
 
 
 def _check_method(config: Config, reader: Reader) -> None:
-    unsupervised, train = config.trainer.unsupervised, config.dataset.train
-    if config.method not in (None, "sup_only") and unsupervised is None:
-        reader.error("trainer.unsupervised", f"missing; the method {config.method} needs this section")
-    if config.method == "sup_only" and unsupervised is not None:
-        reader.error("trainer.unsupervised", "the method sup_only has no such section; set it to null")
-    if train.hardness_aware is not None and (unsupervised is None or config.method not in (None, "imas")):
-        reader.error("dataset.train.hardness_aware", "only imas scores images, and only with trainer.unsupervised")
-    if unsupervised is not None and train.strong_aug is not None and train.strong_aug.labeled:
-        reader.error("dataset.train.strong_aug.labeled", "only sup_only trains on strong views of labeled images")
+    for key, problem in METHODS[config.method].check(config).items():
+        reader.error(key, problem)
 
 
 def _check_criterion(config: Config, reader: Reader) -> None:
@@ -174,11 +225,6 @@ def _check_criterion(config: Config, reader: Reader) -> None:
 
 def _check_schedule(config: Config, reader: Reader) -> None:
     trainer, scheduler = config.trainer, config.trainer.lr_scheduler
-    if trainer.unsupervised is not None and trainer.sup_only_epoch >= trainer.epochs:
-        reader.error(
-            "trainer.sup_only_epoch",
-            f"expected fewer than the {trainer.epochs} epochs, got {trainer.sup_only_epoch}: no epoch is left for iMAS",
-        )
     if scheduler.mode == "milestones" and not scheduler.kwargs.milestones:
         reader.error("trainer.lr_scheduler.kwargs.milestones", "missing; the mode milestones needs epochs here")
     if trainer.scale_lr and trainer.reference_batch is None:
@@ -224,20 +270,13 @@ def _largest_image(config: Config) -> int | None:
     return catalog_of(config.dataset).side
 
 
-def _check_boxes(config: Config, reader: Reader) -> None:
-    hardness = config.dataset.train.hardness_aware
-    if hardness is not None and hardness.scale_box and hardness.gaussian_box:
-        reader.error("dataset.train.hardness_aware.gaussian_box", "cannot be combined with scale_box")
-
-
 # Sections that contradict each other.
 _CHECKS: tuple[Callable[[Config, Reader], None], ...] = (
-    lambda config, reader: _check_net(config.net, reader, "net."),
+    lambda config, reader: _check_net(config.net, reader),
     _check_type,
     _check_classes,
     _check_method,
     _check_criterion,
     _check_schedule,
     _check_data,
-    _check_boxes,
 )

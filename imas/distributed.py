@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .strict import UserError
+from .errors import UserError
 
 log = logging.getLogger("imas")
 
@@ -132,7 +132,7 @@ def devices() -> list[str]:
 
 
 def rank() -> int:
-    """This process's number, 0 without a process group. Before the group stands, the launcher's word counts."""
+    """Rank of this process; before the process group is initialised, the launcher's RANK, else 0."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
@@ -187,6 +187,12 @@ def same_buffers(module: nn.Module) -> None:
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -1,37 +1,32 @@
 """What an experiment is: every section and key, with type, default and allowed values, as frozen dataclasses.
 
-The schema is the one of the published experiments. Where a key has a better name today, its former one (``old=``)
-still loads, and the run says once what was translated. More than 300 lines, so that every key stands in one file.
+The section of the method is not here: each method describes its own options beside its code (``Method.Options``). Former
+names of keys are in ``legacy.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, NamedTuple
 
-from .strict import option, to_plain
+from .strict import derived, option, to_plain
 
-_POSITIVE = (lambda value: value > 0, "a number above 0")
-_AT_LEAST_ONE = (lambda value: value >= 1, "an integer of at least 1")
-_NOT_NEGATIVE = (lambda value: value >= 0, "a number of at least 0")
-_FRACTION = (lambda value: 0 <= value <= 1, "a number between 0 and 1")
-_RANGE = (lambda pair: 0 < pair[0] <= pair[1], "[low, high] with 0 < low <= high")
+POSITIVE = (lambda value: value > 0, "a number above 0")
+AT_LEAST_ONE = (lambda value: value >= 1, "an integer of at least 1")
+NOT_NEGATIVE = (lambda value: value >= 0, "a number of at least 0")
+FRACTION = (lambda value: 0 <= value <= 1, "a number between 0 and 1")
+RANGE = (lambda pair: 0 < pair[0] <= pair[1], "[low, high] with 0 < low <= high")
 
 
-def _spelling(**former: str) -> Callable[[Any], Any]:
-    """Today's spelling of a name: ``imas.models.resnet.resnet50`` → ``resnet50``. For a table, never an import."""
+class Wants(NamedTuple):
+    """What a method needs of each batch."""
 
-    def today(name: Any) -> Any:
-        if not isinstance(name, str):
-            return name
-        name = re.sub(r"^(imas|u2pl)\.(\w+\.)*", "", name)
-        return former.get(name, name)
-
-    return today
+    unlabeled: bool = False  # unlabeled images, in weak views
+    strong: int = 0  # strong views of each unlabeled crop
+    labeled_strong: int = 0  # strong views of each labeled crop
+    pseudo_label: bool = False  # labels of the unlabeled images, from files
 
 
 def _pair(value: Any) -> Any:
@@ -53,27 +48,11 @@ class Crop:
 @dataclass(frozen=True)
 class ValCrop:
     size: int = option(769, convert=_side, check=(lambda side: side >= 2, "one side of at least 2, for both sides"))
-    MEANINGLESS: ClassVar = {"type": ("rand", "center")}
 
 
 @dataclass(frozen=True)
 class StrongAug:
-    num_augs: int = option(2, check=_AT_LEAST_ONE)
-    labeled: bool = False  # sup_only: train on the strong views of the labeled images, too
-
-
-@dataclass(frozen=True)
-class HardnessAware:
-    """What the score decides (spec, The score; steps 5 and 6)."""
-
-    version: Literal[1, 2] = option(1, old="flag_using_v1", old_value={True: 1, False: 2}.__getitem__)
-    weight_loss: bool = option(True, old="flag_hardness_weighted_loss")
-    class_weighted: bool = option(True, old="flag_cal_iou_weighted")
-    ignore_background: bool = option(True, old="flag_cal_iou_ignore_bg")
-    trigger_cutmix: bool = option(False, old="flag_cmix_trigger_by_hard")
-    blend: bool = option(False, old="flag_augs_mixup_by_hard")
-    scale_box: bool = option(False, old="flag_mapping_random")
-    gaussian_box: bool = option(False, old="flag_mapping_gaussian")
+    num_augs: int = option(2, check=AT_LEAST_ONE)
 
 
 @dataclass(frozen=True)
@@ -81,25 +60,24 @@ class TrainData:
     data_root: str | None = None
     data_list: str | None = None  # the labeled images
     unlabeled_list: str | None = None  # default: beside data_list, labeled.txt → unlabeled.txt
-    batch_size: int = option(2, check=_AT_LEAST_ONE)  # per process, labeled and again unlabeled
-    epoch_size: int | None = option(None, check=_AT_LEAST_ONE)  # images an epoch; default: one pass over the list
+    batch_size: int = option(2, check=AT_LEAST_ONE)  # per process, labeled and again unlabeled
+    epoch_size: int | None = option(None, check=AT_LEAST_ONE)  # images an epoch; default: one pass over the list
     drop_last: bool = False  # leave out the last short batch of labeled images; always so with unlabeled ones
     flip: bool = False
-    rand_resize: tuple[float, float] | None = option(None, check=_RANGE)
+    rand_resize: tuple[float, float] | None = option(None, check=RANGE)
     resize_base_size: int | tuple[int, int] | None = option(
         None,
         check=(lambda base: (base if type(base) is int else min(base)) >= 1, "the longer side, or [height, width]"),
     )
     crop: Crop | None = None
     strong_aug: StrongAug | None = None
-    hardness_aware: HardnessAware | None = None
 
 
 @dataclass(frozen=True)
 class ValData:
     data_root: str | None = None  # default: train.data_root
     data_list: str | None = None
-    batch_size: int = option(1, check=_AT_LEAST_ONE)
+    batch_size: int = option(1, check=AT_LEAST_ONE)
     crop: ValCrop = option(ValCrop)
 
 
@@ -107,11 +85,11 @@ class ValData:
 class Shapes:
     """The embedded set: how many images are drawn, of which size, from which seed."""
 
-    seed: int = option(0, check=_NOT_NEGATIVE)
+    seed: int = option(0, check=NOT_NEGATIVE)
     size: int = option(64, check=(lambda side: side >= 32, "a side of at least 32 pixels"))
-    labeled: int = option(10, check=_AT_LEAST_ONE)
-    unlabeled: int = option(600, check=_AT_LEAST_ONE)
-    val: int = option(200, check=_AT_LEAST_ONE)
+    labeled: int = option(10, check=AT_LEAST_ONE)
+    unlabeled: int = option(600, check=AT_LEAST_ONE)
+    val: int = option(200, check=AT_LEAST_ONE)
 
 
 _COLOUR = (lambda colour: all(0 <= value <= 255 for value in colour), "[red, green, blue], each in 0..255")
@@ -140,15 +118,13 @@ class Folder:
 
 @dataclass(frozen=True)
 class Dataset:
-    type: str = option(  # a name in DATASETS of data/catalog.py
-        spelling=_spelling(pascal_semi="pascal", cityscapes_semi="cityscapes")
-    )
+    type: str = option()  # a name in DATASETS of data/catalog.py
     train: TrainData = option()
     val: ValData = option(ValData)
     shapes: Shapes = option(Shapes)
     folder: Folder | None = None
-    n_sup: int | None = option(None, check=_AT_LEAST_ONE)
-    workers: int = option(2, check=_NOT_NEGATIVE)
+    n_sup: int | None = option(None, check=AT_LEAST_ONE)
+    workers: int = option(2, check=NOT_NEGATIVE)
     cache: bool = False  # decode every image once, and keep it in memory
     on_error: Literal["stop", "skip"] = "stop"  # at a broken image in the middle of training
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of values in 0..1; above 1: of values in 0..255
@@ -158,22 +134,22 @@ class Dataset:
 
 @dataclass(frozen=True)
 class OptimizerKwargs:
-    lr: float = option(check=_POSITIVE)  # of the encoder
-    momentum: float = option(0.9, check=_FRACTION)
-    weight_decay: float = option(0.0, check=_NOT_NEGATIVE)
+    lr: float = option(check=POSITIVE)  # of the encoder
+    momentum: float = option(0.9, check=FRACTION)
+    weight_decay: float = option(0.0, check=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
 class Optimizer:
     kwargs: OptimizerKwargs = option()
     type: Literal["SGD", "adam"] = "SGD"
-    head_lr_times: float | None = option(None, check=_POSITIVE)  # of lr; default: 10 on Pascal, 1 elsewhere
+    head_lr_times: float | None = option(None, check=POSITIVE)  # of lr; default: 10 on Pascal, 1 elsewhere
 
 
 @dataclass(frozen=True)
 class SchedulerKwargs:
-    power: float = option(0.9, check=_POSITIVE)  # poly
-    targetlr: float = option(0.0, check=_NOT_NEGATIVE)  # cosine
+    power: float = option(0.9, check=POSITIVE)  # poly
+    targetlr: float = option(0.0, check=NOT_NEGATIVE)  # cosine
     milestones: tuple[int, ...] = ()  # epochs; each divides the rate by 10
 
 
@@ -184,30 +160,12 @@ class Scheduler:
 
 
 @dataclass(frozen=True)
-class Unsupervised:
-    threshold: float = option(0.95, check=_FRACTION)
-    loss_weight: float = option(1.0, check=_NOT_NEGATIVE)
-    teacher_pseudo: bool = option(True, old="flag_ema_pseudo")
-    use_cutmix: bool = False
-    use_cutmix_beta: bool = False
-    use_cutmix_range: tuple[float, float] = option(
-        (0.1, 0.9),
-        convert=lambda pair: (
-            sorted(pair) if isinstance(pair, list) and all(type(x) in (int, float) for x in pair) else pair
-        ),
-        check=(lambda pair: 0 < pair[0] <= pair[1] <= 1, "[low, high] with 0 < low <= high <= 1"),
-    )
-    use_cutmix_trigger_prob: float = option(1.0, check=_FRACTION)
-
-
-@dataclass(frozen=True)
 class Trainer:
     optimizer: Optimizer = option()
-    epochs: int = option(check=_AT_LEAST_ONE)
-    sup_only_epoch: int = option(0, check=_NOT_NEGATIVE)
-    eval_every: int = option(1, check=_AT_LEAST_ONE)  # epochs between evaluations, each of which ends with a checkpoint
-    accumulate: int = option(1, check=_AT_LEAST_ONE)  # batches whose gradients make one update
-    reference_batch: int | None = option(None, check=_AT_LEAST_ONE)  # labeled images an update that the recipe is for
+    epochs: int = option(check=AT_LEAST_ONE)
+    eval_every: int = option(1, check=AT_LEAST_ONE)  # epochs between evaluations, each of which ends with a checkpoint
+    accumulate: int = option(1, check=AT_LEAST_ONE)  # batches whose gradients make one update
+    reference_batch: int | None = option(None, check=AT_LEAST_ONE)  # labeled images an update that the recipe is for
     scale_lr: bool = False  # lr · (processes · batch_size · accumulate) / reference_batch
     start_from: str | None = None  # a checkpoint whose networks training starts with, at epoch 0
     amp: Literal["bf16", "fp16"] | None = None  # networks in a shorter format; losses and scores stay float32
@@ -216,36 +174,33 @@ class Trainer:
     compile: bool = False  # the networks by torch.compile
     checkpoint_encoder: bool = False  # keep no activations within the encoder's blocks; compute them twice
     lr_scheduler: Scheduler = option(Scheduler)
-    unsupervised: Unsupervised | None = None
 
 
 @dataclass(frozen=True)
 class Saver:
     snapshot_dir: str = "checkpoints"  # beside the YAML
     use_tb: bool = True
-    pictures_every: int | None = option(10, check=_AT_LEAST_ONE)  # epochs between pictures in TensorBoard
+    pictures_every: int | None = option(10, check=AT_LEAST_ONE)  # epochs between pictures in TensorBoard
     auto_resume: bool = False
-    save_every: float | None = option(30.0, check=_POSITIVE)  # minutes between checkpoints within an epoch
-    MEANINGLESS: ClassVar = {"pretrain": None}
+    save_every: float | None = option(30.0, check=POSITIVE)  # minutes between checkpoints within an epoch
 
 
 @dataclass(frozen=True)
 class CriterionKwargs:
-    thresh: float | None = option(None, check=_FRACTION)  # of ohem, default 0.7
-    min_kept: int | None = option(None, check=_AT_LEAST_ONE)  # of ohem, default 100,000
-    MEANINGLESS: ClassVar = {"use_weight": (False,)}
+    thresh: float | None = option(None, check=FRACTION)  # of ohem, default 0.7
+    min_kept: int | None = option(None, check=AT_LEAST_ONE)  # of ohem, default 100,000
 
 
 @dataclass(frozen=True)
 class Criterion:
-    type: Literal["ce", "ohem"] = option("ce", spelling=_spelling(CELoss="ce"))
+    type: Literal["ce", "ohem"] = "ce"
     kwargs: CriterionKwargs = option(CriterionKwargs)
 
 
 @dataclass(frozen=True)
 class AuxLoss:
-    loss_weight: float = option(0.4, check=_POSITIVE)
-    aux_plane: int | None = option(None, check=_AT_LEAST_ONE)  # channels of x3: follows from the encoder
+    loss_weight: float = option(0.4, check=POSITIVE)
+    aux_plane: int | None = option(None, check=AT_LEAST_ONE)  # channels of x3: follows from the encoder
 
 
 @dataclass(frozen=True)
@@ -254,28 +209,26 @@ class EncoderKwargs:
     multi_grid: bool = False
     zero_init_residual: bool = False
     deep_stem: bool = True
-    width: int = option(64, check=_AT_LEAST_ONE)
-    MEANINGLESS: ClassVar = {"fpn": (True,), "pretrained": None}
+    width: int = option(64, check=AT_LEAST_ONE)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    type: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = option(spelling=_spelling())
+    type: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = option()
     pretrain: str | None = None  # a weight file, or torchvision: its own weights, fetched
     kwargs: EncoderKwargs = option(EncoderKwargs)
 
 
 @dataclass(frozen=True)
 class DecoderKwargs:
-    inner_planes: int = option(256, check=_AT_LEAST_ONE)
-    low_conv_planes: int = option(48, check=_AT_LEAST_ONE)
+    inner_planes: int = option(256, check=AT_LEAST_ONE)
+    low_conv_planes: int = option(48, check=AT_LEAST_ONE)
     dilations: tuple[int, int, int] = option((6, 12, 18), check=(lambda all_: min(all_) >= 1, "three dilations >= 1"))
-    MEANINGLESS: ClassVar = {"rep_head": (False,)}
 
 
 @dataclass(frozen=True)
 class Decoder:
-    type: Literal["deeplabv3plus"] = option("deeplabv3plus", spelling=_spelling(dec_deeplabv3_plus="deeplabv3plus"))
+    type: Literal["deeplabv3plus"] = "deeplabv3plus"
     kwargs: DecoderKwargs = option(DecoderKwargs)
 
 
@@ -286,37 +239,40 @@ class Net:
     decoder: Decoder = option(Decoder)
     aux_loss: AuxLoss | None = None
     sync_bn: bool = False
-    ema_decay: float = option(0.996, check=_FRACTION)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment. ``method`` follows from ``trainer.unsupervised`` where it is not given."""
+    """One experiment."""
 
     dataset: Dataset = option()
     trainer: Trainer = option()
     net: Net = option()
     criterion: Criterion = option(Criterion)
     saver: Saver = option(Saver)
-    method: Literal["imas", "sup_only"] | None = None
-    path: Path = dataclasses.field(default=Path(), init=False, compare=False)  # the YAML file
-    translated: tuple[str, ...] = dataclasses.field(default=(), init=False, compare=False)
+    method: str = derived("")  # the name of the method's section
+    options: Any = derived(None)  # that section: the method's ``Options``
+    wants: Wants = derived(Wants())
+    path: Path = dataclasses.field(default=Path(), compare=False, metadata={"derived": True})  # the YAML file
+    out: Path | None = dataclasses.field(default=None, compare=False, metadata={"derived": True})
+    stage: str = dataclasses.field(default="", compare=False, metadata={"derived": True})
+    translated: tuple[str, ...] = dataclasses.field(default=(), compare=False, metadata={"derived": True})
 
     @property
     def folder(self) -> Path:
-        """Where the outputs go: the folder of the YAML."""
-        return self.path.parent
+        """Where the outputs go: ``train_semi.py --out``, by default the folder of the YAML."""
+        return self.path.parent if self.out is None else self.out
 
     @property
     def snapshot_dir(self) -> Path:
-        """Where checkpoints go."""
-        return self.folder / self.saver.snapshot_dir
+        """Where the checkpoints of this stage go."""
+        return self.folder / self.saver.snapshot_dir / self.stage
 
     @property
     def log_dir(self) -> Path:
-        """Where log lines, CSV files, pictures and TensorBoard files go."""
-        return self.folder / "log"
+        """Where the log lines, CSV files, pictures and TensorBoard files of this stage go."""
+        return self.folder / "log" / self.stage
 
     def to_dict(self) -> dict:
         """Plain nested dicts: what ``load_config`` reads back as an equal configuration."""
-        return to_plain(self)
+        return to_plain(self) | {self.method: to_plain(self.options)}

@@ -1,9 +1,7 @@
 """Reading YAML into frozen dataclasses, strictly: every mistake is found, placed and explained, all at once.
 
-The reader knows nothing of experiments. What a section may contain is written at its dataclass: types, and in the
-field's metadata (see ``option``) allowed values, former names and what they mean today.
-
-More than 300 lines, since a third are the words in which mistakes are explained, and those belong beside the checks.
+The reader knows nothing of experiments. The rules of a section are written at its dataclass: types, and in the field's
+metadata (see ``option``) the allowed values.
 """
 
 from __future__ import annotations
@@ -11,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import errno
 import math
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -22,63 +18,7 @@ from typing import Any
 
 import yaml
 
-_NO_MEMORY = (
-    "the GPU is out of memory. trainer.amp: bf16, trainer.checkpoint_encoder: true, or a smaller "
-    "dataset.train.batch_size with a larger trainer.accumulate need less; --check estimates what a float32 step needs"
-)
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-
-
-class UserError(Exception):
-    """Something that the person at the keyboard can mend: one message, no traceback, an exit status."""
-
-    status = 2
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Call a script's ``main``; a ``UserError``, a disk that takes no more or a GPU without memory becomes a message
-    on stderr and an exit status.
-    """
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        print(f"error: {error.filename or 'the output folder'}: cannot be written ({error.strerror})", file=sys.stderr)
-        sys.exit(UserError.status)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file does without
-            raise
-        print(f"error: {_NO_MEMORY} ({str(error).splitlines()[0]})", file=sys.stderr)
-        sys.exit(UserError.status)
-
-
-class Together:
-    """Several checks whose mistakes come as one ``UserError``: ``together(check, argument)`` gives what ``check`` does,
-    or None where it failed.
-    """
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-
-    def __call__(self, check: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return check(*arguments)
-        except UserError as error:
-            self.errors.append(str(error))
-            return None
-
-    def finish(self) -> None:
-        """Raise what was found, if anything."""
-        if self.errors:
-            raise UserError("\n".join(self.errors))
-
-
-class ConfigError(UserError, ValueError):
-    """Everything that is wrong with a configuration, one line each."""
+from .errors import ConfigError
 
 
 def option(
@@ -86,54 +26,58 @@ def option(
     *,
     check: tuple[Callable[[Any], bool], str] | None = None,
     convert: Callable[[Any], Any] | None = None,
-    spelling: Callable[[Any], Any] | None = None,
-    old: str | None = None,
-    old_value: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A dataclass field with rules for the reader.
 
     Args:
         check: (predicate, what is expected in words), asked of a value of the right type.
         convert: applied to the raw value first: a shorter form of the same thing.
-        spelling: likewise, for former spellings of a value; what it changes is reported as translated.
-        old: a former name of this key.
-        old_value: turns the former key's value into this key's.
     """
-    metadata = {"check": check, "convert": convert, "spelling": spelling, "old": old, "old_value": old_value}
+    metadata = {"check": check, "convert": convert}
     if isinstance(default, type) and dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-BAD = object()  # stands in a section for a value that could not be read: nothing can be asked of it
+def derived(default: Any) -> Any:
+    """A dataclass field that no file sets: the program fills it in."""
+    return dataclasses.field(default=default, metadata={"derived": True})
+
+
+def keys_of(kind: Any) -> dict[str, dataclasses.Field]:
+    """The fields of a section that a file may set, by name."""
+    return {field.name: field for field in dataclasses.fields(kind) if not field.metadata.get("derived")}
+
+
+MISSING = object()  # the value of a key that is not there
+BAD = object()  # the value of a key that could not be read: nothing can be asked of it
 
 
 class Reader:
-    """Collects errors and translations while sections are read.
+    """Collects errors while sections are read.
 
     Args:
         source: what to call the input in messages, usually the file.
 
-    ``lines`` holds the line of each dotted key, where known.
+    ``lines`` holds the line of each dotted key, where known; ``written`` holds how the user wrote a key that goes by
+    another name today, and ``former`` the former names within a section; ``overridden`` holds the keys that the command
+    line sets.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.lines: dict[str, int] = {}
-        self.overrides: set[str] = set()  # dotted keys that win over the file
+        self.written: dict[str, str] = {}
+        self.former: dict[str, list[str]] = {}
+        self.overridden: set[str] = set()
         self.errors: dict[str, str] = {}  # by dotted key
-        self.translated: list[str] = []
-
-    def override(self, key: str) -> None:
-        """From now on this key's value is none of the source's."""
-        self.overrides.add(key)
-        self.lines.pop(key, None)
 
     def error(self, key: str, message: str, line: int | None = None) -> None:
         """Note what is wrong with a key, unless something is known to be wrong with it already."""
         line = line or self.lines.get(key)
         where = self.source if line is None else f"{self.source}:{line}"
-        self.errors.setdefault(key, f"{where}: {key or 'top level'}: {message}")
+        where = "--set" if key in self.overridden else where
+        self.errors.setdefault(key, f"{where}: {self.written.get(key, key) or 'top level'}: {message}")
 
     def finish(self) -> None:
         """Raise ``ConfigError`` with all errors found, if any."""
@@ -143,22 +87,20 @@ class Reader:
             raise ConfigError("\n".join([f"{count} in the configuration:", *lines]))
 
     def section(self, kind: type, raw: Any, path: str = "") -> Any:
-        """Read a mapping into the dataclass ``kind``; what could not be read is ``BAD`` in it."""
+        """Read a mapping into the dataclass ``kind``; a value that could not be read is ``BAD`` in it."""
         if raw is None:
             raw = {}
         if not isinstance(raw, dict):
-            self.error(path, f"expected a section (key: value lines), got {_show(raw)}")
+            self.error(path, f"expected a section (key: value lines), got {show(raw)}")
             return BAD
-        fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-        hints = typing.get_type_hints(kind)
+        fields, hints = keys_of(kind), typing.get_type_hints(kind)
         values: dict[str, Any] = {}
         for key, value in raw.items():
             here = f"{path}.{key}" if path else str(key)
-            field = fields.get(key)
-            if field is None:
-                field, value = self._other_key(kind, fields, raw, key, here)
-            if field is not None:
-                values[field.name] = self._value(field, hints[field.name], value, here)
+            if key in fields:
+                values[key] = self._value(fields[key], hints[key], value, here)
+            else:
+                self.unknown(here, str(key), [*fields, *self.former.get(path, ())])
         for field in fields.values():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and field.name not in values:
@@ -167,60 +109,23 @@ class Reader:
                 values[field.name] = BAD
         return kind(**values)
 
-    def _other_key(
-        self, kind: type, fields: dict[str, dataclasses.Field], raw: dict, key: Any, here: str
-    ) -> tuple[dataclasses.Field | None, Any]:
-        """A key that names no field: the field whose former name it is, with today's value; else None."""
-        value = raw[key]
-        former = {field.metadata["old"]: field for field in fields.values() if field.metadata.get("old")}
-        meaningless = getattr(kind, "MEANINGLESS", {})
-        if key in former:
-            return self._former(former[key], raw, value, here)
-        if key in meaningless:
-            if meaningless[key] is not None and value not in meaningless[key]:
-                allowed = " or ".join(map(_show, meaningless[key]))
-                self.error(here, f"only {allowed} is supported, got {_show(value)}")
-            else:
-                self.translated.append(f"{here}: means nothing any more")
-        else:
-            near = difflib.get_close_matches(str(key), [*fields, *former], n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(fields))}"
-            self.error(here, f"unknown key{hint}")
-        return None, None
-
-    def _former(
-        self, field: dataclasses.Field, raw: dict, value: Any, here: str
-    ) -> tuple[dataclasses.Field | None, Any]:
-        """A field that was found by its former name, and its value as it is spelt today."""
-        parent = here.rpartition(".")[0]
-        if (f"{parent}.{field.name}" if parent else field.name) in self.overrides:
-            return None, None
-        if field.name in raw and here not in self.overrides:
-            self.error(here, f"this is the former name of {field.name}, which is set as well: keep one")
-            return None, None
-        if field.metadata["old_value"] is not None:
-            try:
-                value = field.metadata["old_value"](value)
-            except (KeyError, TypeError, ValueError):
-                self.error(here, f"{_show(value)} is not a value that this former key could have")
-                return None, None
-        self.translated.append(f"{here} → {field.name}: {_show(value)}")
-        return field, value
+    def unknown(self, here: str, key: str, known: Iterable[str], more: str = "") -> None:
+        """Note a key that does not exist, with the nearest one that does, and with ``more``."""
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known)) or 'no key'}"
+        self.error(here, f"unknown key; {hint}{more}")
 
     def _value(self, field: dataclasses.Field, hint: Any, raw: Any, path: str) -> Any:
-        check, convert, spelling = (field.metadata.get(rule) for rule in ("check", "convert", "spelling"))
+        check, convert = field.metadata.get("check"), field.metadata.get("convert")
         if convert is not None:
             raw = convert(raw)
-        if spelling is not None and spelling(raw) != raw:
-            self.translated.append(f"{path}: {raw} → {spelling(raw)}")
-            raw = spelling(raw)
         try:
             value = self._typed(hint, raw, path)
         except TypeError:
-            self.error(path, f"expected {check[1] if check else _words(hint)}, got {_show(raw)}")
+            self.error(path, f"expected {check[1] if check else _words(hint)}, got {show(raw)}")
             return BAD
         if value is not None and check is not None and not check[0](value):
-            self.error(path, f"expected {check[1]}, got {_show(raw)}")
+            self.error(path, f"expected {check[1]}, got {show(raw)}")
             return BAD
         return value
 
@@ -298,42 +203,51 @@ def _note_lines(node: yaml.Node, prefix: str, reader: Reader) -> None:
         _note_lines(value, dotted, reader)
 
 
-def apply_overrides(raw: dict, overrides: Iterable[str]) -> dict:
-    """``dotted.key=value`` words set into a copy of a raw configuration, values typed as YAML types them."""
-    result = _copied(raw)
-    for word in overrides:
-        dotted, equals, text = word.partition("=")
-        if not equals or not dotted:
-            raise ConfigError(f"override {word!r}: expected dotted.key=value, for example trainer.epochs=10")
-        try:
-            value = yaml.safe_load(text)
-        except _UNLOADABLE as error:
-            raise ConfigError(f"override {word!r}: the value is not YAML: {error}") from None
-        *parents, last = dotted.split(".")
-        section = result
-        for parent in parents:
-            if section.get(parent) is None:
-                section[parent] = {}
-            section = section[parent]
-            if not isinstance(section, dict):
-                raise ConfigError(f"override {word!r}: {parent} is not a section")
-        section[last] = value
-    return result
+def get(raw: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key, ``MISSING`` without it."""
+    for name in key.split("."):
+        if not isinstance(raw, dict) or name not in raw:
+            return MISSING
+        raw = raw[name]
+    return raw
+
+
+def put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, making the sections that it needs. ValueError where a section is something else."""
+    *parents, last = key.split(".")
+    for name in parents:
+        if raw.get(name) is None:
+            raw[name] = {}
+        raw = raw[name]
+        if not isinstance(raw, dict):
+            raise ValueError(f"{name} is not a section")
+    raw[last] = value
+
+
+def parse_override(word: str) -> tuple[str, Any]:
+    """``dotted.key=value`` → the key and its value, typed as YAML types it.
+
+    Raises:
+        ConfigError: another form, or a value that is not YAML.
+    """
+    dotted, equals, text = word.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {word!r}: expected dotted.key=value, for example trainer.epochs=10")
+    try:
+        return dotted, yaml.safe_load(text)
+    except _UNLOADABLE as error:
+        raise ConfigError(f"override {word!r}: the value is not YAML: {error}") from None
 
 
 def to_plain(value: Any) -> Any:
     """A section as nested dicts and lists that YAML can write and ``Reader.section`` reads back."""
     if dataclasses.is_dataclass(value):
-        fields = (field for field in dataclasses.fields(value) if field.init)
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields}
+        return {name: to_plain(getattr(value, name)) for name in keys_of(value)}
     return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _copied(raw: Any) -> Any:
-    return {key: _copied(value) for key, value in raw.items()} if isinstance(raw, dict) else raw
-
-
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A raw value for a message, cut to 80 characters."""
     text = "null" if value is None else repr(value)
     return f"{text[:77]}..." if len(text) > 80 else text
 

@@ -23,13 +23,18 @@ import yaml
 ROOT = Path(__file__).parents[1]
 
 TINY = {
+    "imas": {
+        "threshold": 0.25,
+        "use_cutmix": True,
+        "sup_only_epoch": 1,
+        "hardness": {"trigger_cutmix": True, "blend": True},
+    },
     "dataset": {
         "type": "shapes",
         "train": {
             "batch_size": 4,
             "flip": True,
             "strong_aug": {"num_augs": 2},
-            "hardness_aware": {"trigger_cutmix": True, "blend": True},
         },
         "val": {"batch_size": 4, "crop": {"size": 48}},
         "shapes": {"size": 32, "labeled": 4, "unlabeled": 16, "val": 5},
@@ -37,9 +42,7 @@ TINY = {
     },
     "trainer": {
         "epochs": 3,
-        "sup_only_epoch": 1,
         "optimizer": {"kwargs": {"lr": 0.02}},
-        "unsupervised": {"threshold": 0.25, "use_cutmix": True},
     },
     "net": {
         "num_classes": 4,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from imas.config import load_config, read_net
+from imas.config import carried_config, load_config, read_net
+from imas.errors import ConfigError
 from imas.schema import Config
-from imas.strict import ConfigError
 
 # Every key of the published schema, with values that differ from the defaults where they can.
 OLD_PASCAL = """\
@@ -105,7 +105,27 @@ net:
 """
 
 OLD_PASCAL_TODAY = {
-    "method": "imas",
+    "imas": {
+        "teacher_pseudo": False,
+        "threshold": 0.9,
+        "use_cutmix": True,
+        "use_cutmix_beta": True,
+        "use_cutmix_range": [0.2, 0.8],
+        "use_cutmix_trigger_prob": 0.5,
+        "loss_weight": 1.5,
+        "sup_only_epoch": 1,
+        "ema_decay": 0.99,
+        "hardness": {
+            "version": 2,
+            "weight_loss": False,
+            "class_weighted": False,
+            "ignore_background": False,
+            "trigger_cutmix": True,
+            "blend": True,
+            "scale_box": True,
+            "gaussian_box": False,
+        },
+    },
     "dataset": {
         "type": "pascal",
         "train": {
@@ -115,6 +135,88 @@ OLD_PASCAL_TODAY = {
             "batch_size": 4,
             "epoch_size": None,
             "drop_last": False,
+            "flip": True,
+            "rand_resize": [0.5, 2.0],
+            "resize_base_size": 500,
+            "crop": {"type": "rand", "size": [513, 513]},
+            "strong_aug": {"num_augs": 3},
+        },
+        "val": {
+            "data_root": "./data/VOC2012_val",
+            "data_list": "./data/splits/pascal/val.txt",
+            "batch_size": 3,
+            "crop": {"size": 513},
+        },
+        "shapes": {"seed": 0, "size": 64, "labeled": 10, "unlabeled": 600, "val": 200},
+        "folder": None,
+        "n_sup": 662,
+        "workers": 4,
+        "cache": False,
+        "on_error": "stop",
+        "mean": [123.675, 116.28, 103.53],
+        "std": [58.395, 57.12, 57.375],
+        "ignore_label": 254,
+    },
+    "trainer": {
+        "epochs": 80,
+        "eval_every": 1,
+        "accumulate": 1,
+        "reference_batch": None,
+        "scale_lr": False,
+        "start_from": None,
+        "amp": None,
+        "tf32": False,
+        "channels_last": True,
+        "compile": False,
+        "checkpoint_encoder": False,
+        "optimizer": {
+            "type": "SGD",
+            "head_lr_times": 10.0,
+            "kwargs": {"lr": 0.001, "momentum": 0.8, "weight_decay": 0.0001},
+        },
+        "lr_scheduler": {"mode": "poly", "kwargs": {"power": 0.8, "targetlr": 0.0, "milestones": []}},
+    },
+    "saver": {
+        "snapshot_dir": "ckpts",
+        "use_tb": False,
+        "pictures_every": 10,
+        "auto_resume": True,
+        "save_every": 30.0,
+    },
+    "criterion": {"type": "ce", "kwargs": {"thresh": None, "min_kept": None}},
+    "net": {
+        "num_classes": 21,
+        "sync_bn": True,
+        "aux_loss": {"aux_plane": 1024, "loss_weight": 0.3},
+        "encoder": {
+            "type": "resnet50",
+            "pretrain": "./pretrained/resnet50.pth",
+            "kwargs": {
+                "multi_grid": True,
+                "zero_init_residual": True,
+                "replace_stride_with_dilation": [False, False, True],
+                "deep_stem": True,
+                "width": 64,
+            },
+        },
+        "decoder": {
+            "type": "deeplabv3plus",
+            "kwargs": {"inner_planes": 128, "low_conv_planes": 32, "dilations": [6, 12, 24]},
+        },
+    },
+}
+
+# The same as version 0.1 of this project wrote it down, before methods had sections.
+OLD_PASCAL_OF_0_1 = {
+    "method": "imas",
+    "dataset": {
+        "type": "pascal",
+        "train": {
+            "data_root": "./data/VOC2012",
+            "data_list": "./data/splits/pascal/662/labeled.txt",
+            "unlabeled_list": "data/splits/pascal/662/unlabeled.txt",
+            "batch_size": 4,
+            "epoch_size": None,
             "flip": True,
             "rand_resize": [0.5, 2.0],
             "resize_base_size": 500,
@@ -209,6 +311,10 @@ OLD_PASCAL_TODAY = {
 
 OLD_PASCAL_TRANSLATED = {
     "dataset.type",
+    "trainer.unsupervised",
+    "trainer.sup_only_epoch",
+    "net.ema_decay",
+    "dataset.train.hardness_aware",
     "dataset.train.hardness_aware.flag_using_v1",
     "dataset.train.hardness_aware.flag_hardness_weighted_loss",
     "dataset.train.hardness_aware.flag_cal_iou_weighted",
@@ -257,11 +363,13 @@ net:
 
 # The shortest configurations in today's schema.
 SHAPES = {
-    "dataset": {"type": "shapes", "train": {"strong_aug": {"num_augs": 2}, "hardness_aware": {"blend": True}}},
-    "trainer": {"epochs": 3, "optimizer": {"kwargs": {"lr": 0.01}}, "unsupervised": {"use_cutmix": True}},
+    "imas": {"use_cutmix": True, "hardness": {"blend": True}},
+    "dataset": {"type": "shapes", "train": {"strong_aug": {"num_augs": 2}}},
+    "trainer": {"epochs": 3, "optimizer": {"kwargs": {"lr": 0.01}}},
     "net": {"num_classes": 4, "encoder": {"type": "resnet18"}},
 }
 SUP_ONLY = {
+    "sup_only": {},
     "dataset": {
         "type": "cityscapes",
         "train": {"data_root": "data/cityscapes", "data_list": "186/labeled.txt", "crop": {"size": [64, 128]}},
@@ -322,12 +430,19 @@ def test_published_pascal_file_loads_with_every_value_translated(tmp_path: Path)
     assert load_config(_written(tmp_path, OLD_PASCAL)).to_dict() == OLD_PASCAL_TODAY
 
 
+def test_a_file_and_a_checkpoint_of_version_0_1_mean_the_same(tmp_path: Path) -> None:
+    path = _written(tmp_path, OLD_PASCAL_OF_0_1)
+    assert load_config(path).to_dict() == OLD_PASCAL_TODAY
+    carried = carried_config(copy.deepcopy(OLD_PASCAL_OF_0_1), tmp_path / "ckpt.pth")
+    assert carried.to_dict() == OLD_PASCAL_TODAY
+
+
 def test_translated_names_each_former_key_and_no_other(tmp_path: Path) -> None:
     """One line a former key or spelling, and nothing about keys that still mean what they meant."""
     translated = load_config(_written(tmp_path, OLD_PASCAL)).translated
     assert {line.partition(" → ")[0].partition(": ")[0] for line in translated} == OLD_PASCAL_TRANSLATED
     assert len(translated) == len(OLD_PASCAL_TRANSLATED)
-    assert "dataset.train.hardness_aware.flag_using_v1 → version: 2" in translated
+    assert "dataset.train.hardness_aware.flag_using_v1 → imas.hardness.version: 2" in translated
     assert "net.encoder.type: imas.models.resnet.resnet50 → resnet50" in translated
 
 
@@ -338,16 +453,16 @@ def test_published_cityscapes_file_loads_with_the_defaults_of_the_schema(tmp_pat
     assert (config.method, config.dataset.type) == ("imas", "cityscapes")
     assert (train.batch_size, train.rand_resize, train.resize_base_size) == (2, (0.5, 2.0), (1024, 2048))
     assert (train.crop.type, train.crop.size, train.strong_aug) == ("center", (769, 769), None)
-    hardness = train.hardness_aware
+    hardness = config.options.hardness
     assert (hardness.version, hardness.weight_loss, hardness.class_weighted) == (1, True, True)
     assert hardness.ignore_background is True
     assert not any((hardness.trigger_cutmix, hardness.blend, hardness.scale_box, hardness.gaussian_box))
     assert (val.batch_size, val.crop.size, val.data_root) == (1, 769, None)
     assert config.dataset.ignore_label == 255
-    assert (trainer.sup_only_epoch, trainer.optimizer.type, trainer.optimizer.kwargs.lr) == (0, "adam", 0.001)
+    assert (config.options.sup_only_epoch, trainer.optimizer.type, trainer.optimizer.kwargs.lr) == (0, "adam", 0.001)
     assert trainer.optimizer.head_lr_times == 1.0
     assert (trainer.lr_scheduler.mode, trainer.lr_scheduler.kwargs.targetlr) == ("cosine", 1e-5)
-    unsupervised = trainer.unsupervised
+    unsupervised = config.options
     assert (unsupervised.teacher_pseudo, unsupervised.threshold, unsupervised.loss_weight) == (True, 0.7, 1.0)
     assert (unsupervised.use_cutmix, unsupervised.use_cutmix_beta) == (False, False)
     assert unsupervised.use_cutmix_trigger_prob == 1.0
@@ -439,7 +554,7 @@ def test_overrides_win_and_are_typed_as_yaml_types_them(tmp_path: Path) -> None:
     assert config.dataset.train.crop.size == (64, 96)
     assert config.net.aux_loss is None
     assert config.saver.snapshot_dir == "a=b"
-    assert config.dataset.train.hardness_aware.version == 1
+    assert config.options.hardness.version == 1
     assert (config.net.encoder.type, config.net.encoder.kwargs.multi_grid) == ("resnet18", True)
     assert config.dataset.train.batch_size == 4  # the rest stays
 
@@ -497,7 +612,8 @@ WRONG_VALUES = {
     "unknown decoder": ("old", {"net.decoder.type": "imas.models.decoder.unet"}, "net.decoder.type", "deeplabv3plus"),
     "somebody else's encoder": ("old", {"net.encoder.type": "torchvision.models.resnet50"}, "net.encoder.type", "50"),
     "misspelt data set": ("old", {"dataset.type": "cityscape"}, "dataset.type", "did you mean cityscapes?"),
-    "unknown method": ("shapes", {"method": "fixmatch"}, "method", "imas or sup_only"),
+    "unknown method": ("shapes", {"imas": DROP, "method": "mixmatch"}, "method", "imas, sup_only"),
+    "unknown method's section": ("shapes", {"mixmatch": {}}, "mixmatch", "methods: imas, sup_only"),
     "unknown crop type": ("old", {"dataset.train.crop.type": "random"}, "dataset.train.crop.type", "rand or center"),
     # out of range
     "no epochs": ("old", {"trainer.epochs": 0}, "trainer.epochs", "at least 1"),
@@ -607,18 +723,19 @@ WRONG_VALUES = {
     "nothing to accumulate": ("old", {"trainer.accumulate": 0}, "trainer.accumulate", "at least 1"),
     "start from a number": ("old", {"trainer.start_from": 3}, "trainer.start_from", "a text or null"),
     "ignored class": ("old", {"dataset.ignore_label": 0}, "dataset.ignore_label", "one of the 21 classes"),
-    "score without unlabeled images": (
-        "sup_only", {"dataset.train.hardness_aware": {}}, "dataset.train.hardness_aware", "trainer.unsupervised",
+    "two methods": ("shapes", {"sup_only": {}}, "sup_only", "sections imas and sup_only"),
+    "a key of another method": ("sup_only", {"sup_only.ema_decay": 0.99}, "sup_only.ema_decay", "unknown key"),
+    "a former key of another method": ("sup_only", {"net.ema_decay": 0.99}, "net.ema_decay", "unknown key"),
+    "a former section of another method": (
+        "sup_only", {"dataset.train.hardness_aware": {}}, "dataset.train.hardness_aware", "unknown key",
     ),
-    "imas without its section": ("sup_only", {"method": "imas"}, "trainer.unsupervised", "missing"),
-    "sup_only with that section": ("shapes", {"method": "sup_only"}, "trainer.unsupervised", "sup_only"),
-    "strong views of labeled images": (
-        "shapes", {"dataset.train.strong_aug.labeled": True}, "dataset.train.strong_aug.labeled", "sup_only",
+    "strong views without their section": (
+        "sup_only", {"sup_only.strong_views": True}, "dataset.train.strong_aug", "missing",
     ),
     "two box rules": (
         "old",
         {"dataset.train.hardness_aware.flag_mapping_gaussian": True},
-        "dataset.train.hardness_aware.gaussian_box",
+        "dataset.train.hardness_aware.flag_mapping_gaussian",
         "scale_box",
     ),
 }  # fmt: skip

@@ -27,8 +27,8 @@ from imas.data.normalise import Normalise
 from imas.data.source import FileSource, ShapesSource
 from imas.data.strong import OPERATIONS, strong_view
 from imas.data.weak import resized_size, weak_view
+from imas.errors import UserError
 from imas.schema import Config
-from imas.strict import UserError
 
 CITY_NAME = "leftImg8bit/train/hamburg/hamburg_000000_080169_leftImg8bit.png"
 CITY_MASK = "gtFine/train/hamburg/hamburg_000000_080169_gtFine_{}.png"

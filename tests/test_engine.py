@@ -22,8 +22,8 @@ from imas.engine.meter import Meter, NonFiniteLoss
 from imas.engine.optim import build_optimizer, cosine_lr, learning_rate
 from imas.engine.pictures import _fitted, prediction_sheet
 from imas.engine.sliding import Predictor, Protocol
+from imas.errors import UserError
 from imas.schema import Optimizer, OptimizerKwargs, Scheduler, SchedulerKwargs
-from imas.strict import UserError
 
 
 def test_poly_equals_the_authors() -> None:

@@ -25,8 +25,8 @@ from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, voc_palette
 from imas.data.shapes import CLASS_NAMES
 from imas.engine.predict import find_images
 from imas.engine.sliding import Predictor, Protocol, labels, labels_and_confidence, protocol_bands
+from imas.errors import UserError
 from imas.ops.metrics import BoundaryIoU
-from imas.strict import UserError
 
 
 def _network(classes: int = 5) -> nn.Module:

@@ -23,9 +23,9 @@ from imas.data.loaders import TrainingData
 from imas.data.normalise import Normalise
 from imas.engine.fit import to_device
 from imas.engine.optim import build_optimizer, learning_rate, lr_factor, total_batch
+from imas.errors import ConfigError
 from imas.methods.base import Progress
 from imas.schema import Config
-from imas.strict import ConfigError
 
 CONFIGS = sorted((ROOT / "exps").glob("*/*.yaml"))
 RECIPES = [path for path in CONFIGS if not path.parent.name.startswith("shapes")]

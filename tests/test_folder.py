@@ -20,8 +20,8 @@ from imas.data.folder import find
 from imas.data.lists import read_lists
 from imas.data.loaders import TrainingData
 from imas.data.source import DataError, FileSource
+from imas.errors import ConfigError, UserError
 from imas.schema import Config
-from imas.strict import ConfigError, UserError
 
 SIZE = (36, 40)  # height, width
 GREEN = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) % 251

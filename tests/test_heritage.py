@@ -23,10 +23,10 @@ from imas.data.loaders import TrainingData
 from imas.data.splits import digest
 from imas.engine import checkpoint, memory
 from imas.engine.optim import build_optimizer, explain_batch
+from imas.errors import UserError
 from imas.methods.base import Batch, Progress
 from imas.models.pretrained import load_encoder
 from imas.models.resnet import ResNet
-from imas.strict import UserError
 
 Experiment = Callable[..., Path]
 

@@ -17,8 +17,8 @@ from imas.data.catalog import open_source
 from imas.data.dataset import Draw, Geometry, LabeledSet
 from imas.data.source import DataError, FileSource
 from imas.data.weak import resized_size, weak_view
+from imas.errors import UserError
 from imas.schema import Dataset, TrainData
-from imas.strict import UserError
 
 
 def _noise(rng: np.random.Generator, width: int, height: int) -> Image.Image:

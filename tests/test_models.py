@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from imas import build_model, teacher_decay
+from imas.errors import UserError
 from imas.models.ema import make_teacher, update_teacher
 from imas.models.pretrained import load_encoder
 from imas.models.resnet import RESNETS, ResNet
-from imas.strict import UserError
+from imas.ops.resize import resize
 
 
 def _tiny(**encoder_kwargs) -> dict:
@@ -29,7 +30,6 @@ def _tiny(**encoder_kwargs) -> dict:
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("case", golden.read("models"), ids=lambda case: case["name"])
 def test_outputs_equal_the_authors(case: dict, layout: torch.memory_format) -> None:
-    """``channels_last``, the default of training, computes many of its convolutions otherwise (imas.models.conv)."""
     model = golden.fill(build_model(case["net"])).eval().to(memory_format=layout)
     assert sum(parameter.numel() for parameter in model.parameters()) == case["n_parameters"]
     assert len(model.state_dict()) == case["n_state"]
@@ -85,6 +85,25 @@ def test_logits_have_the_size_of_the_images_and_no_aux_head_is_none() -> None:
     assert aux_logits is None
     with_aux = build_model(_tiny() | {"aux_loss": {"loss_weight": 0.4}}).eval()
     assert with_aux(torch.zeros(2, 3, 33, 50))[1].shape == (2, 3, 33, 50)
+
+
+def test_the_parts_make_the_whole() -> None:
+    """A method may change the fused features between the parts; auxiliary logits need no decoder."""
+    model = build_model(_tiny() | {"aux_loss": {"loss_weight": 0.4}}).eval()
+    images = golden.randn(1, 2, 3, 33, 50)
+    with torch.no_grad():
+        x1, x3, x4 = model.encode(images)
+        fused = model.fuse(x1, x4)
+        coarse, aux = model.coarse(images)
+        assert fused.shape == (2, 4 + 8, 9, 13)
+        assert torch.equal(model.decoder.low_conv(x1), fused[:, :4])
+        assert torch.equal(model.classify(fused), coarse) and torch.equal(model.auxiliary(x3), aux)
+        assert torch.equal(resize(coarse, (33, 50)), model(images)[0])
+        assert not torch.equal(model.classify(fused * 0.5), coarse)
+        assert model.coarse(images, aux=False)[1] is None
+    assert build_model(_tiny()).eval().auxiliary(x3) is None
+    with torch.autocast("cpu", torch.bfloat16):  # a softmax follows
+        assert model.classify(fused.bfloat16()).dtype == torch.float32
 
 
 def test_teacher_is_a_copy_with_its_own_storage() -> None:

@@ -19,10 +19,10 @@ from PIL import Image
 
 import train_semi
 from imas import load_config
+from imas.errors import UserError
 from imas.report import write
 from imas.report.charts import Line, line_chart, number, sparkline
 from imas.report.records import read_records
-from imas.strict import UserError
 
 METRICS = ("epoch", "loss_lb", "loss_ub", "miou_stu", "miou_tea", "best", "best-stu")
 CLASSES = ("ground", "<b>&\"road'", "a/b")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import run, run_ranks, start
 
-from imas.strict import run_script
+from imas.errors import run_script
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 

@@ -17,7 +17,7 @@ from imas.data import splits
 from imas.data.draw import draw_splits, drawn, own_images, own_masks
 from imas.data.lists import read_list
 from imas.data.splits import IncompleteError, Published, describe_lists, digest, make_published, protocol_of
-from imas.strict import UserError
+from imas.errors import UserError
 
 POOL = [f"2007_{number:06d}" for number in range(32)]
 VAL = [f"2008_{number:06d}" for number in range(5)]

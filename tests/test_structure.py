@@ -8,37 +8,44 @@ import sys
 from pathlib import Path
 
 import pytest
+from first_step import small
+from test_methods import CONTRACT
 
 import imas
+from imas.data.catalog import DATASETS
+from imas.methods import METHODS
 
 ROOT = Path(imas.__file__).parents[1]
 
 # room → what it may import of ours
 ALLOWED = {
-    "imas/__main__.py": {"__version__", "distributed", "engine.provenance"},
-    "imas/strict.py": set(),
+    "imas/__main__.py": {"__version__", "distributed", "engine"},
+    "imas/errors.py": set(),
     "imas/files.py": set(),
-    "imas/distributed.py": {"strict"},
+    "imas/strict.py": {"errors"},
+    "imas/legacy.py": {"strict"},
     "imas/schema.py": {"strict"},
-    "imas/config.py": {"schema", "strict", "data.catalog"},
+    "imas/distributed.py": {"errors"},
     "imas/ops": {"ops"},
     "imas/models": {"models", "ops.resize"},
-    "imas/data/__main__.py": {"data", "config", "strict"},
-    "imas/data": {"data", "schema", "strict"},
-    "imas/methods": {"methods", "ops", "models", "schema"},
-    "imas/build.py": {"config", "schema", "methods", "models", "ops", "strict"},
+    "imas/methods": {"methods", "ops", "models", "schema", "strict", "distributed"},
+    "imas/data/__main__.py": {"data", "config", "errors"},
+    "imas/data": {"data", "schema", "errors"},
+    "imas/config.py": {"schema", "strict", "errors", "legacy", "methods", "data.catalog"},
+    "imas/build.py": {"config", "schema", "methods", "models", "ops", "errors"},
     "imas/engine": {
         "engine",
         "methods.base",
-        "models.pretrained",
+        "models",
         "data",
         "ops",
         "schema",
         "distributed",
         "files",
-        "strict",
+        "errors",
+        "legacy",
     },
-    "imas/report": {"report", "files", "strict"},
+    "imas/report": {"report", "files", "errors"},
 }
 OUTSIDE = {"torch", "torchvision", "numpy", "yaml", "PIL", "tensorboard", "tqdm"}
 
@@ -48,10 +55,15 @@ def _files() -> list[Path]:
 
 
 def _imports(path: Path) -> list[str]:
-    """Absolute dotted names of everything that a file imports."""
+    """Absolute dotted names of everything that a file imports at run time."""
     package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1]).split(".")
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    skipped = {id(inner) for node in for_types for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -74,6 +86,40 @@ def test_imports_run_downwards(path: Path) -> None:
             assert top in OUTSIDE or top in sys.stdlib_module_names, f"{relative} imports {name}"
         if name.startswith("torch.distributed"):
             assert relative == "imas/distributed.py", f"{relative} imports {name}"
+
+
+def _outside_methods() -> list[Path]:
+    known = (ROOT / "imas" / "methods", ROOT / "imas" / "legacy.py")
+    paths = [path for path in _files() if not any(path.is_relative_to(room) for room in known)]
+    return [*paths, *sorted(ROOT.glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", _outside_methods(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_else_knows_a_method_or_its_networks(path: Path) -> None:
+    """No name of a method or of a network as a text, no network as an attribute, no method's class."""
+    networks = {name for method in CONTRACT for name in small(method, **CONTRACT[method]).networks()}
+    texts = networks | METHODS.keys()
+    tree = ast.parse(path.read_text())
+    loggers = {
+        id(node.args[0]) for node in ast.walk(tree) if isinstance(node, ast.Call) and "getLogger" in ast.dump(node.func)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and id(node) not in loggers:
+            assert node.value not in texts, f"line {node.lineno}: {node.value!r}"
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in networks, f"line {node.lineno}: .{node.attr}"
+    classes = {kind.__name__ for kind in METHODS.values()}
+    assert not classes & {name.split(".")[-1] for name in _imports(path)}
+
+
+@pytest.mark.parametrize("path", [*_files(), *sorted(ROOT.glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_table_alone_names_the_data_sets(path: Path) -> None:
+    """No name of a data set as a text, but where they are listed and in what former files are called."""
+    if path in (ROOT / "imas" / "data" / "catalog.py", ROOT / "imas" / "legacy.py"):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant):
+            assert node.value not in DATASETS, f"line {node.lineno}: {node.value!r}"
 
 
 def test_public_names_have_docstrings() -> None:

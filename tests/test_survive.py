@@ -25,7 +25,7 @@ from benchmarks import survive
 from imas import distributed
 from imas.engine import checkpoint, lock
 from imas.engine.interrupt import Interrupted, Interruption, interruptible
-from imas.strict import UserError
+from imas.errors import UserError
 
 Experiment = Callable[..., Path]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -287,7 +287,7 @@ def test_a_port_in_use_and_a_rank_that_never_comes_are_explained(tmp_path: Path)
         import sys; sys.path.insert(0, {str(ROOT)!r})
         from datetime import timedelta
         from imas import distributed
-        from imas.strict import run_script
+        from imas.errors import run_script
         distributed._PATIENCE = timedelta(seconds=2)
         def main():
             with distributed.process_group():
@@ -315,7 +315,7 @@ def test_ranks_with_other_versions_are_refused(tmp_path: Path) -> None:
         import os, sys; sys.path.insert(0, {str(ROOT)!r})
         import torch
         from imas import distributed
-        from imas.strict import run_script
+        from imas.errors import run_script
         if os.environ["RANK"] == "1":
             torch.__version__ = "1.0"
         def main():

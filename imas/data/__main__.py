@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ..config import load_config
-from ..strict import UserError, run_script
+from ..errors import UserError, run_script
 from .check import Unhealthy, examine
 from .draw import draw_splits, own_images, own_masks
 from .lists import read_list, read_lists

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..strict import UserError
+from ..errors import UserError
 from .source import DataError, FileSource
 
 _THREADS = 8

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ..errors import UserError
 from ..schema import Config
-from ..strict import UserError
 from .catalog import catalog_of, open_source
 from .dataset import read_pair
 from .lists import Lists, read_lists, val_root

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,8 @@ class _AugmentedSet(Dataset):
     """Views of images of a training list.
 
     Args:
-        num_augs: operations of a strong view; None for none.
+        strong: strong views of each crop.
+        num_augs: operations of a strong view.
         skip: put another sample in the place of a broken one, with a message as ``skipped`` (else an empty text).
     """
 
@@ -50,10 +51,12 @@ class _AugmentedSet(Dataset):
         source: Source,
         names: Sequence[str],
         geometry: Geometry,
-        num_augs: int | None = None,
+        strong: int = 0,
+        num_augs: int = 0,
         skip: bool = False,
     ) -> None:
-        self.source, self.names, self.geometry, self.num_augs, self.skip = source, names, geometry, num_augs, skip
+        self.source, self.names, self.geometry, self.skip = source, names, geometry, skip
+        self.strong, self.num_augs = strong, num_augs
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         rng = np.random.default_rng(draw.seed)
@@ -67,35 +70,35 @@ class _AugmentedSet(Dataset):
                 index, skipped = int(rng.integers(len(self.names))), str(error)
         raise DataError(f"{_TRIES} images in a row cannot be used, the last: {skipped}")
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         raise NotImplementedError
+
+    def strong_views(self, image: Image.Image, rng: np.random.Generator) -> list[Tensor]:
+        """Independent strong views of a crop."""
+        return [TF.pil_to_tensor(strong_view(image, self.num_augs, rng)) for _ in range(self.strong)]
 
 
 class LabeledSet(_AugmentedSet):
-    """Labeled images: a dict of ``images`` (3, H, W) uint8, ``labels`` (H, W) uint8 and, with ``num_augs``,
-    ``images_strong`` (3, H, W) uint8.
+    """Labeled images: a dict of ``image`` (3, H, W) uint8, ``label`` (H, W) uint8 and ``strong``, a list of views like
+    the image.
     """
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         image, mask = read_pair(self.source, self.names[index])
-        image, mask = weak_view(image, mask, rng, **self.geometry._asdict())
-        sample = {"images": TF.pil_to_tensor(image), "labels": torch.from_numpy(np.array(mask))}
-        if self.num_augs is not None:
-            sample["images_strong"] = TF.pil_to_tensor(strong_view(image, self.num_augs, rng))
-        return sample
+        image, mask, _ = weak_view(image, mask, rng, **self.geometry._asdict())
+        label = torch.from_numpy(np.array(mask))
+        return {"image": TF.pil_to_tensor(image), "label": label, "strong": self.strong_views(image, rng)}
 
 
 class UnlabeledSet(_AugmentedSet):
-    """Unlabeled images, whose masks are never read: a dict of ``weak`` (3, H, W) uint8, ``index`` and, with
-    ``num_augs``, ``strong``, the same crop with its colours changed.
+    """Unlabeled images, whose masks are never read: a dict of ``weak`` (3, H, W) uint8, ``strong``, a list of views of
+    the same crop with its colours changed, ``real`` (height, width) at top left that is no padding, and ``index``.
     """
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        image, _ = weak_view(self.source.image(self.names[index]), None, rng, **self.geometry._asdict())
-        sample = {"weak": TF.pil_to_tensor(image), "index": torch.tensor(index)}
-        if self.num_augs is not None:
-            sample["strong"] = TF.pil_to_tensor(strong_view(image, self.num_augs, rng))
-        return sample
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        image, _, real = weak_view(self.source.image(self.names[index]), None, rng, **self.geometry._asdict())
+        weak, strong = TF.pil_to_tensor(image), self.strong_views(image, rng)
+        return {"weak": weak, "strong": strong, "real": torch.tensor(real), "index": torch.tensor(index)}
 
 
 class EvaluationSet(Dataset):
@@ -126,8 +129,12 @@ def stacked(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Samples as a batch. Images stay in Pillow's order of bytes, (H, W, 3), though their shape is (B, 3, H, W): to put
     them into another costs a worker more than all else that it does with a crop.
     """
-    rows = [{name: _rows(value) for name, value in sample.items()} for sample in samples]
-    return {name: _images(value) for name, value in default_collate(rows).items()}
+    rows = [{name: _each(_rows, value) for name, value in sample.items()} for sample in samples]
+    return {name: _each(_images, value) for name, value in default_collate(rows).items()}
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    return [change(each) for each in value] if isinstance(value, list) else change(value)
 
 
 def _rows(value: Any) -> Any:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UserError
 from ..schema import Folder
-from ..strict import UserError
 from . import folder
 from .source import FileSource
 from .splits import digest, need_folder, write_list

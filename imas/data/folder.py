@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..errors import Together, UserError
 from ..schema import Dataset, Folder
-from ..strict import Together, UserError
 from .source import binary_labels, index_labels, labels_of_colours
 
 IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")

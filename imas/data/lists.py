@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import Together, UserError
 from ..schema import Config
-from ..strict import Together, UserError
 from .catalog import catalog_of
 
 
@@ -15,7 +15,7 @@ class Lists:
     """Names of the images of a run."""
 
     labeled: list[str]
-    unlabeled: list[str]  # empty for sup_only
+    unlabeled: list[str]  # empty for a method that wants none
     val: list[str]
 
 
@@ -37,7 +37,7 @@ def read_lists(config: Config, training: bool = True) -> Lists:
         UserError: every list that cannot be read; own data without a labeled, unlabeled or validation image.
     """
     wanted = ["labeled", "unlabeled", "val"] if training else ["val"]
-    if config.trainer.unsupervised is None and training:
+    if training and not config.wants.unlabeled:
         wanted.remove("unlabeled")
     together = Together()
     paths = list_paths(config)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from ..errors import UserError
 from ..schema import Config
-from ..strict import UserError
 from .cache import CachedSource
 from .catalog import open_source
 from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
@@ -92,8 +92,9 @@ class EpochSampler(Sampler):
 class TrainingData:
     """The loaders of a run.
 
-    ``for batches in data.epoch(number, unlabeled=True)`` gives, for each update, a list of ``trainer.accumulate`` dicts
-    of CPU tensors, named as the fields of ``methods.base.Batch``, images as uint8.
+    ``for batches in data.epoch(number, unlabeled=True)`` gives, for each update, a list of ``trainer.accumulate`` dicts:
+    ``labeled`` and, if wanted, ``unlabeled``, each a dict of CPU tensors as ``dataset`` makes them; ``skipped``, what was
+    wrong with each image that had to be replaced.
 
     Args:
         seed: of the run.
@@ -113,10 +114,13 @@ class TrainingData:
             "rand" if train.crop is None else train.crop.type,
             config.dataset.ignore_label,
         )
-        strong = train.strong_aug
-        strong_labeled = strong.num_augs if strong is not None and strong.labeled else None
+        wants, num_augs = config.wants, 0
+        if train.strong_aug is not None:
+            num_augs = train.strong_aug.num_augs
+        else:
+            wants = wants._replace(strong=0, labeled_strong=0)
         skip = config.dataset.on_error == "skip"
-        labeled = LabeledSet(source, lists.labeled, geometry, strong_labeled, skip)
+        labeled = LabeledSet(source, lists.labeled, geometry, wants.labeled_strong, num_augs, skip)
         count, pool = len(lists.labeled), len(lists.unlabeled)
         items, size = list(range(count)), train.epoch_size or count
         if pool and train.epoch_size is None:
@@ -128,8 +132,7 @@ class TrainingData:
         self.labeled = _loader(labeled, self.labeled_sampler, workers)
         self.unlabeled = None
         if pool:
-            num_augs = None if strong is None else strong.num_augs
-            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, num_augs, skip)
+            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, num_augs, skip)
             self.unlabeled_sampler = EpochSampler(
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )
@@ -152,8 +155,6 @@ class TrainingData:
     def epoch(self, number: int, unlabeled: bool, done: int = 0) -> Iterator[list[dict[str, Any]]]:
         """Batches of one epoch, update by update.
 
-        Where broken images are skipped, a batch has a list ``skipped``: what was wrong, for each image replaced.
-
         Args:
             unlabeled: False leaves the unlabeled images unread.
             done: updates to leave out at the start; their images are not read.
@@ -165,12 +166,13 @@ class TrainingData:
     def _batches(self, number: int, unlabeled: bool, start: int) -> Iterator[dict[str, Any]]:
         self.labeled_sampler.epoch, self.labeled_sampler.start = number, start
         if not unlabeled:
-            yield from _clear_errors(self.labeled)
+            for first in _clear_errors(self.labeled):
+                yield {"skipped": first.pop("skipped", []), "labeled": first}
             return
         self.unlabeled_sampler.epoch, self.unlabeled_sampler.start = number, start
         for first, second in zip(_clear_errors(self.labeled), _clear_errors(self.unlabeled), strict=True):
-            skipped = first.get("skipped", []) + second.get("skipped", [])
-            yield first | second | ({"skipped": skipped} if skipped else {})
+            skipped = first.pop("skipped", []) + second.pop("skipped", [])
+            yield {"skipped": skipped, "labeled": first, "unlabeled": second}
 
 
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:

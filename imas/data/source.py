@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..errors import UserError
 from ..schema import Shapes
-from ..strict import UserError
 from . import shapes
 
 _SHAPES_VAL = 1_000_000  # validation images of the embedded set are numbered from here
@@ -197,8 +197,8 @@ def shapes_lists(options: Shapes, given: Mapping[str, list[str]], wanted: list[s
 
 
 def _number(name: str) -> int:
-    head, _, number = name.partition("/")
-    if head != "shapes" or not number.isdigit():
+    number = name.removeprefix("shapes/")
+    if number == name or not number.isdigit():
         raise DataError(f"{name!r} is not an image of the embedded set; expected shapes/NUMBER")
     return int(number)
 

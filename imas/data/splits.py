@@ -13,7 +13,7 @@ from urllib.error import HTTPError
 
 import yaml
 
-from ..strict import UserError
+from ..errors import UserError
 from .catalog import DATASETS
 from .lists import read_list
 

@@ -38,8 +38,10 @@ def weak_view(
     crop: tuple[int, int] | None = None,
     crop_type: str = "rand",
     ignore_index: int = 255,
-) -> tuple[Image.Image, Image.Image | None]:
+) -> tuple[Image.Image, Image.Image | None, tuple[int, int]]:
     """Random resize, flip with probability 0.5, crop; image and mask alike. Without a mask the same draws are made.
+
+    The third value is the (height, width) at top left that is no padding.
 
     Only what the crop needs is resized: up to two grey levels of rounding apart from the crop of a whole resized image.
 
@@ -68,7 +70,7 @@ def weak_view(
         return _padded(ImageOps.mirror(part) if mirrored else part, (width, height), fill)
 
     view_of_mask = mask and view(mask, Image.Resampling.NEAREST, ignore_index)
-    return view(image, Image.Resampling.BILINEAR, PAD_COLOUR), view_of_mask
+    return view(image, Image.Resampling.BILINEAR, PAD_COLOUR), view_of_mask, (bottom - top, right - left)
 
 
 def _resized_part(

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+from ..legacy import STATE_KEYS
+from ..methods.base import Method
 from ..models.pretrained import compare_states, describe_misfits, load_safely
-from ..strict import UserError
 
 log = logging.getLogger("imas")
 
 LAST, PREVIOUS, BEST = "ckpt.pth", "ckpt_prev.pth", "ckpt_best.pth"
 _FILES = 4  # that stand on the disk at once: these, and the one that is being written
-_STATES = {"student": "model_state", "teacher": "teacher_state"}
+_OTHER_STATES = ("optimizer_state", "scaler_state", "method_state")  # of no network
 _SHOWN = 6
 
 
@@ -78,27 +80,46 @@ def read(path: str | Path) -> dict[str, Any]:
         state = load_safely(path)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"checkpoint {error}") from None
-    if not isinstance(state, dict) or "model_state" not in state:
+    if not isinstance(state, dict) or not network_names(state):
         raise UserError(
-            f"{path}: not a training checkpoint; expected a dict with model_state and, of iMAS, teacher_state"
+            f"{path}: not a training checkpoint; expected a dict with the state of a network ({', '.join(STATE_KEYS.values())})"
         )
     return state
 
 
-def network_states(networks: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """The states of ``Method.networks()`` under their keys in a checkpoint."""
-    return {_STATES[name]: network.state_dict() for name, network in networks.items()}
+def state_key(name: str) -> str:
+    """The key of a network's state in a checkpoint."""
+    return STATE_KEYS.get(name, f"{name}_state")
+
+
+def network_names(state: dict[str, Any]) -> list[str]:
+    """The networks whose states a checkpoint's dict holds."""
+    names = {key: name for name, key in STATE_KEYS.items()}
+    keys = [key for key in state if key.endswith("_state") and key not in _OTHER_STATES and state[key]]
+    return [names.get(key, key.removesuffix("_state")) for key in keys]
+
+
+def method_states(method: Method) -> dict[str, dict[str, Any]]:
+    """All that a method has to be resumed with: its networks' states under their keys, and ``method_state``, which holds
+    what is in none of them.
+    """
+    networks = method.networks()
+    prefixes = tuple(
+        f"{name}." for name, module in method.named_modules() if any(module is each for each in networks.values())
+    )
+    own = {name: value for name, value in method.state_dict().items() if not name.startswith(prefixes)}
+    return {state_key(name): network.state_dict() for name, network in networks.items()} | {"method_state": own}
 
 
 def load_network(network: nn.Module, name: str, state: dict[str, Any], path: str | Path) -> None:
-    """Load one network (``student`` or ``teacher``) from a checkpoint's dict. A ``module.`` prefix is dropped.
+    """Load one network from a checkpoint's dict, by its name. A ``module.`` prefix is dropped.
 
     Raises:
         UserError: the checkpoint has no such network, or its tensors do not fit; they are named.
     """
-    if state.get(_STATES[name]) is None:
-        raise UserError(f"{path}: holds no {name}")
-    weights = {key.removeprefix("module."): tensor for key, tensor in state[_STATES[name]].items()}
+    if state.get(state_key(name)) is None:
+        raise UserError(f"{path}: has no network {name}; it has {', '.join(network_names(state))}")
+    weights = {key.removeprefix("module."): tensor for key, tensor in state[state_key(name)].items()}
     misfits = describe_misfits(compare_states(network.state_dict(), weights), _SHOWN)
     if misfits:
         head = f"{path}: its {name} does not fit the network of the configuration:"
@@ -106,8 +127,8 @@ def load_network(network: nn.Module, name: str, state: dict[str, Any], path: str
     network.load_state_dict(weights)
 
 
-def to_continue(folder: Path, resume: str) -> Path | None:
-    """The checkpoint that a run with this snapshot folder continues, None for a new run.
+def find_checkpoint(folder: Path, resume: str) -> Path | None:
+    """The checkpoint that a run with this snapshot folder resumes, None for a new run.
 
     Args:
         resume: ``auto``: the folder's last checkpoint, if there is one; ``never``; or a checkpoint file.
@@ -125,27 +146,28 @@ def to_continue(folder: Path, resume: str) -> Path | None:
         raise UserError(f"--resume {chosen}: no such file; expected auto, never or a checkpoint")
     if last.is_file() and (chosen is None or chosen.resolve().parent != folder.resolve()):
         raise UserError(
-            f"{last}: an earlier run has left its checkpoint here. Continue it with --resume auto, or name another "
-            "folder with --set saver.snapshot_dir=NAME"
+            f"{last}: an earlier run has left its checkpoint here. Resume it with --resume auto, or name another "
+            "folder with --out"
         )
     return chosen
 
 
 def start_from(networks: dict[str, nn.Module], path: str | Path) -> None:
-    """Give the networks the weights of a checkpoint, to start training with. Where it has no teacher, a copy of its
-    student becomes the teacher.
+    """Give the networks the weights of a checkpoint, to start training with. A network that the checkpoint lacks gets
+    those of its first one.
 
     Raises:
         UserError: see ``read`` and ``load_network``.
     """
     state = read(path)
+    there = network_names(state)
     for name, network in networks.items():
-        load_network(network, name if state.get(_STATES[name]) else "student", state, path)
+        load_network(network, name if name in there else there[0], state, path)
     log.info("training starts from the networks of %s (epoch %s)", path, state.get("epoch"))
 
 
-class Continued(NamedTuple):
-    """Where an interrupted run stood."""
+class Resumed(NamedTuple):
+    """How far an interrupted run was."""
 
     epoch: int  # epochs done
     best: dict[str, float] | None  # best mIoU in percent of each network
@@ -154,10 +176,11 @@ class Continued(NamedTuple):
     world: int = 1  # processes
     partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
     scaler: dict[str, Any] | None = None  # of fp16
+    rates: dict[str, float] | None = None  # what the method's last update gave for the log
 
 
-def resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, seed: int) -> Continued:
-    """Load a run's networks and momentum. Rates come from the configuration.
+def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: int) -> Resumed:
+    """Load a run's method and momentum. Rates come from the configuration.
 
     A checkpoint of the authors' code has neither our best figures nor, always, the order of our parameters: what cannot
     be taken over is said.
@@ -173,8 +196,9 @@ def resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Op
         )
     if type(state.get("epoch")) is not int:
         raise UserError(f"{path}: tells no epoch; as a start for a new run, name it in trainer.start_from")
-    for name, network in networks.items():
+    for name, network in method.networks().items():
         load_network(network, name, state, path)
+    method.load_state_dict(state.get("method_state") or {}, strict=False)  # the networks are loaded already
     _load_momentum(optimizer, state.get("optimizer_state"), path)
     if not state.get("best"):
         log.warning("%s tells no best mIoU of ours: the best starts anew", path)
@@ -182,7 +206,7 @@ def resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Op
     log.info("resumed after epoch %d%s from %s", state["epoch"] - 1, f" and {step} updates" if step else "", path)
     length = state.get("iterations_per_epoch")
     partial, scaler = state.get("partial"), state.get("scaler_state")
-    return Continued(state["epoch"], state.get("best"), step, length, world, partial, scaler)
+    return Resumed(state["epoch"], state.get("best"), step, length, world, partial, scaler, state.get("rates"))
 
 
 def _read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:

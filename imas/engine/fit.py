@@ -1,10 +1,11 @@
-"""The training loop: batches, learning rate, step, teacher; evaluation and saving at the end of an epoch."""
+"""The training loop: batches, learning rate, step; evaluation and saving at the end of an epoch."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
 from ..data.source import DataError
 from ..data.splits import describe_lists
-from ..methods.base import Batch, Method
+from ..legacy import COLUMNS
+from ..methods.base import Labeled, Method, Unlabeled
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from . import precision, provenance
@@ -26,8 +28,8 @@ from .health import Health
 from .interrupt import Interrupted, interruptible
 from .log import RunLog
 from .meter import Clock, Meter, peak_memory
-from .optim import build_optimizer, explain_batch, learning_rate, lr_factor
-from .run import Run, save, take_up
+from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
+from .run import Run, resume, save
 from .show import report, show_progress, write_scores
 
 log = logging.getLogger("imas")
@@ -42,38 +44,40 @@ def fit(
     *,
     seed: int,
     device: torch.device,
-    continued: Path | None = None,
+    resumed_from: Path | None = None,
 ) -> None:
     """Train, evaluate, log and save.
 
     Args:
         method: on ``device``, with the weights to start with.
         seed: with the configuration and the number of processes it determines the run.
-        continued: the checkpoint to go on from (``checkpoint.to_continue``).
+        resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
 
     Raises:
         NonFiniteLoss: naming the iteration and the losses.
-        UserError: a checkpoint that cannot be continued.
+        UserError: a checkpoint that cannot be resumed.
     """
     world = distributed.world_size()
     data = TrainingData(config, lists, seed, distributed.rank(), world)
     precision.prepare(method, config.trainer, device)
-    optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer, lr_factor(config, world))
+    optimizer = build_optimizer(param_groups(method.trained()), config.trainer.optimizer, lr_factor(config, world))
     meter = Meter(catalog_of(config.dataset).class_names)
     description = provenance.describe(config, lists, seed, world)
     scaler = precision.make_scaler(config.trainer, device)
     run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description)
     with interruptible() as run.interruption, contextlib.ExitStack() as stack:
-        _run_all(run, continued, stack)
+        _run_all(run, resumed_from, stack)
 
 
-def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> None:
-    """Every epoch, and what comes at its end; ``stack`` closes what is opened, however it ends."""
+def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -> None:
+    """Every epoch, and its end; ``stack`` closes what is opened, however the run ends."""
     config, method, data, world = run.config, run.method, run.data, distributed.world_size()
-    if continued is not None:
-        take_up(run, continued)
+    if resumed_from is not None:
+        resume(run, resumed_from)
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
-    run_log = stack.enter_context(contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch)))
+    run_log = stack.enter_context(
+        contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch, map(column, method.scored())))
+    )
     evaluation = Evaluation(config, run.lists, run.device)
     health = Health(config, len(data), evaluation.catalog.class_names, run_log.rows)
     _announce(run, run_log)
@@ -100,7 +104,7 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
         if evaluates:
             bar.clear()
             distributed.same_buffers(method)
-            matrices = evaluation(method.networks())
+            matrices = evaluation(method.scored())
             results, improved = _note_results(run, matrices, epoch)
             row |= results
         # Rows come before the checkpoint: a run that is cut off between the two drops them when it resumes.
@@ -115,7 +119,7 @@ def _run_all(run: Run, continued: Path | None, stack: contextlib.ExitStack) -> N
             show_progress(run, evaluation, run_log)
     if not matrices:
         log.info("all %d epochs were done before; to train anew, name another saver.snapshot_dir", epochs)
-        matrices = evaluation(method.networks())
+        matrices = evaluation(method.scored())
     if distributed.is_main():
         bar.clear()
         report(run, matrices, evaluation, run_log)
@@ -149,8 +153,8 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
     for step, batches in enumerate(updates, run.step):
         iteration = epoch * length + step
         run.stop_if_asked(iteration)
-        for tensors in batches:
-            _count(tensors.pop("skipped", []), replaced)
+        for batch in batches:
+            _count(batch["skipped"], replaced)
         run.meter.add(_update(run, wrapped, normalise, batches, iteration))
         run.step = step + 1
         bar.update()
@@ -158,7 +162,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
         if logs or step + 1 == length:
             window = run.meter.window(iteration)
         if logs:
-            window |= _surroundings(run, iteration, clock)
+            window |= _surroundings(run, clock)
             run_log.scalars(window, iteration)
             bar.clear()
             figures = ", ".join(f"{name} {value:.5f}" for name, value in window.items() if "/" not in name)
@@ -171,11 +175,11 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
             "epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, sum(replaced.values())
         )
     write_scores(run, run_log, epoch)
-    return run.meter.means() | _surroundings(run, (epoch + 1) * length - 1, clock)
+    return run.meter.means() | _surroundings(run, clock)
 
 
 def _update(
-    run: Run, wrapped: nn.Module, normalise: Normalise, batches: list[dict[str, Tensor]], iteration: int
+    run: Run, wrapped: nn.Module, normalise: Normalise, batches: list[dict[str, Any]], iteration: int
 ) -> dict[str, Tensor]:
     """One update from ``trainer.accumulate`` batches of the loader; gives the means of their scalars."""
     trainer, length = run.config.trainer, len(run.data)
@@ -183,26 +187,31 @@ def _update(
         group["lr"] = learning_rate(trainer.lr_scheduler, group["base_lr"], iteration, trainer.epochs * length, length)
     run.optimizer.zero_grad(set_to_none=True)
     outputs = []
-    for number, tensors in enumerate(batches):
-        batch, progress = to_device(tensors, normalise, run.device), run.progress(iteration, number)
-        with distributed.gradients_shared(wrapped, number + 1 == len(batches)):
+    for i, batch in enumerate(batches):
+        labeled, unlabeled = to_device(batch, normalise, run.device)
+        progress = run.progress(iteration, i)
+        with distributed.gradients_shared(wrapped, i + 1 == len(batches)):
             with precision.autocast(trainer, run.device):
-                output = wrapped(batch, progress)
-            run.scaler.scale(output.loss / len(batches)).backward()
-        outputs.append(output.scalars)
-        if output.score is not None:
-            run.scores.append((batch.index, output.score))
+                step = wrapped(labeled, unlabeled, progress)
+            run.scaler.scale(step.loss / len(batches)).backward()
+        outputs.append(step.scalars)
+        if step.score is not None:
+            run.scores.append((unlabeled.index, step.score))
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.method.after_step(progress)
+    run.rates = run.method.after_step(progress)
     return _means(outputs)
 
 
-def _surroundings(run: Run, iteration: int, clock: Clock) -> dict[str, float]:
-    """What is logged beside the method's own scalars. A run that was interrupted knows only its last stretch's time."""
-    rates = {f"lr_{group['name']}": group["lr"] for group in run.optimizer.param_groups}
-    own = run.method.rates(run.progress(iteration))
-    return own | rates | clock.means() | {"memory_mib": peak_memory(run.device)}
+def _surroundings(run: Run, clock: Clock) -> dict[str, float]:
+    """The log's numbers beside the method's scalars. A run that was interrupted knows only its last stretch's time."""
+    lrs = {f"lr_{group['part']}": group["lr"] for group in run.optimizer.param_groups}
+    return run.rates | lrs | clock.means() | {"memory_mib": peak_memory(run.device)}
+
+
+def column(name: str) -> str:
+    """The name of a network's mIoU in ``metrics.csv`` and the log."""
+    return COLUMNS.get(name, f"miou_{name}")
 
 
 def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) -> tuple[dict[str, float], bool]:
@@ -213,9 +222,10 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     run.best = {name: max(before[name], results[name]) for name in results}
     figures = (f"{name} mIoU {value:.2f} (best {run.best[name]:.2f})" for name, value in results.items())
     log.info("epoch %d: %s", epoch, ", ".join(figures))
-    columns = {"miou_stu": results["student"], "best": run.best[selecting], "best-stu": run.best["student"]}
-    if "teacher" in results:
-        columns["miou_tea"] = results["teacher"]
+    columns = {column(name): value for name, value in results.items()}
+    columns["best"] = run.best[selecting]
+    others = [name for name in results if name != selecting] or [selecting]
+    columns |= {column(name).replace("miou_", "best-"): run.best[name] for name in others}
     return columns, results[selecting] > before[selecting]
 
 
@@ -233,8 +243,20 @@ def _count(skipped: list[str], replaced: dict[str, int]) -> None:
         replaced[problem] = replaced.get(problem, 0) + 1
 
 
-def to_device(tensors: dict[str, Tensor], normalise: Normalise, device: torch.device) -> Batch:
-    """A batch of the loader on the device, images normalised, labels as int64."""
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    normalised = {name: normalise(tensor) for name, tensor in moved.items() if tensor.dim() == 4}
-    return Batch(**moved | normalised | {"labels": moved["labels"].long()})
+def to_device(batch: dict[str, Any], normalise: Normalise, device: torch.device) -> tuple[Labeled, Unlabeled | None]:
+    """A batch of the loader on the device: images normalised, labels as int64, padding as a mask."""
+
+    def images(values: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(normalise(value.to(device, non_blocking=True)) for value in values)
+
+    def tensor(value: Tensor) -> Tensor:
+        return value.to(device, non_blocking=True)
+
+    first, second = batch["labeled"], batch.get("unlabeled")
+    labeled = Labeled(*images([first["image"]]), tensor(first["label"]).long(), images(first["strong"]))
+    if second is None:
+        return labeled, None
+    (weak,), real = images([second["weak"]]), tensor(second["real"])
+    rows, columns = (torch.arange(side, device=device) for side in weak.shape[-2:])
+    valid = (rows < real[:, :1]).unsqueeze(2) & (columns < real[:, 1:]).unsqueeze(1)
+    return labeled, Unlabeled(weak, images(second["strong"]), valid, tensor(second["index"]))

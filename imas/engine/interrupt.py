@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from .. import distributed
-from ..strict import UserError
+from ..errors import UserError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import TextIO
 
-from ..strict import UserError
+from ..errors import UserError
 
 
 def hold(folder: Path) -> TextIO:

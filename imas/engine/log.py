@@ -43,16 +43,18 @@ class RunLog:
         folder: the log folder.
         tensorboard: whether to write TensorBoard files.
         first_epoch: rows of this epoch and later ones, left by a run that was cut off, are dropped.
+        columns: further columns of ``metrics.csv``.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, first_epoch: int) -> None:
+    def __init__(self, folder: Path, tensorboard: bool, first_epoch: int, columns: Iterable[str] = ()) -> None:
         self.folder = folder
+        self.columns = tuple(dict.fromkeys((*METRICS, *columns)))
         self.active = distributed.is_main()
         self.writer = None
         self.rows: list[dict[str, float]] = []  # of training.csv
         if not self.active:
             return
-        for name, columns in (("metrics", METRICS), ("scores", SCORES), ("warnings", WARNINGS)):
+        for name, columns in (("metrics", self.columns), ("scores", SCORES), ("warnings", WARNINGS)):
             _keep_rows_before(folder / f"{name}.csv", columns, first_epoch)
         self.rows = [row for row in _read_numbers(folder / "training.csv") if row["epoch"] < first_epoch]
         if tensorboard:
@@ -94,7 +96,7 @@ class RunLog:
     def metrics(self, row: Mapping[str, Any]) -> None:
         """One row of ``metrics.csv``; what is missing stays empty."""
         if self.active:
-            _append(self.folder / "metrics.csv", [[row.get(column, "") for column in METRICS]])
+            _append(self.folder / "metrics.csv", [[row.get(column, "") for column in self.columns]])
 
     def scores(self, rows: Iterable[tuple[int, str, float]]) -> None:
         """Rows of ``scores.csv``: epoch, image, score."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..strict import UserError
+from ..errors import UserError
 
 
 class NonFiniteLoss(UserError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
+from ..models.deeplabv3plus import DeepLabV3Plus
 from ..schema import Config, Optimizer, Scheduler
 
 
@@ -80,13 +82,30 @@ def explain_batch(config: Config, world: int) -> list[str]:
 AVERAGES = {"SGD": 1, "adam": 2}  # running averages that an optimiser keeps of every trained parameter
 
 
+def param_groups(networks: Mapping[str, DeepLabV3Plus]) -> list[dict]:
+    """The parameters of ``Method.trained()``: for each network a group of the encoder and one of the heads.
+
+    The group of a network that is alone is named ``encoder`` or ``heads``, otherwise ``NETWORK.encoder``; ``part`` is the
+    name without the network's.
+    """
+    groups = []
+    for name, network in networks.items():
+        encoder = list(network.encoder.parameters())
+        known = {id(parameter) for parameter in encoder}
+        heads = [parameter for parameter in network.parameters() if id(parameter) not in known]
+        prefix = f"{name}." if len(networks) > 1 else ""
+        for part, parameters in (("encoder", encoder), ("heads", heads)):
+            groups.append({"name": prefix + part, "part": part, "params": parameters})
+    return groups
+
+
 def build_optimizer(groups: list[dict], options: Optimizer, factor: float = 1.0) -> torch.optim.Optimizer:
-    """SGD or Adam over the groups of ``Method.param_groups``: the encoder at lr, the heads at lr·head_lr_times, both
-    times ``factor``.
+    """SGD or Adam over the groups of ``param_groups``: the encoders at lr, the heads at lr·head_lr_times, both times
+    ``factor``.
     """
     kwargs = options.kwargs
     for group in groups:
-        times = 1.0 if group["name"] == "encoder" else options.head_lr_times
+        times = 1.0 if group["part"] == "encoder" else options.head_lr_times
         group["base_lr"] = group["lr"] = kwargs.lr * times * factor
     if options.type == "adam":
         return torch.optim.Adam(groups, weight_decay=kwargs.weight_decay)

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..methods.base import Method
+from ..models.deeplabv3plus import PARTS
 from ..schema import Trainer
-from ..strict import UserError
 
 _FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +28,8 @@ def prepare(method: Method, trainer: Trainer, device: torch.device) -> None:
         prepare_network(network, trainer)
         network.encoder.recompute = trainer.checkpoint_encoder
         if trainer.compile:
-            network.coarse = torch.compile(network.coarse)
+            for part in PARTS:
+                setattr(network, part, torch.compile(getattr(network, part)))
 
 
 def prepare_network(network: nn.Module, trainer: Trainer) -> None:

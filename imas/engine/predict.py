@@ -22,8 +22,8 @@ from .. import distributed
 from ..data.catalog import Catalog
 from ..data.folder import images_below
 from ..data.source import DataError, read_image
+from ..errors import UserError
 from ..files import replacing
-from ..strict import UserError
 from .evaluate import evaluating
 from .pictures import coloured
 from .sliding import Predictor, labels_and_confidence

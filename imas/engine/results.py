@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import UserError
 from ..files import replacing
 from ..ops.metrics import ConfusionMatrix
-from ..strict import UserError
 
 _COLUMNS = ("iou", "accuracy", "pixels", "boundary_iou")  # of ``figures``, by class
 _MEANS = {  # rows below the classes: their figures in the same columns

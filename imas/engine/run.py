@@ -1,4 +1,4 @@
-"""How far a run is: held in one place, saved, and taken up again."""
+"""How far a run is: held in one place, saved, and resumed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from .. import distributed
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
+from ..errors import UserError
 from ..methods.base import Method, Progress
 from ..schema import Config
-from ..strict import UserError
 from . import checkpoint
 from .interrupt import Interrupted, Interruption
 from .meter import Meter
@@ -40,16 +40,18 @@ class Run:
     epoch: int = 0  # epochs done
     step: int = 0  # updates done in the epoch after these
     best: dict[str, float] | None = None  # best mIoU in percent of each network
+    rates: dict[str, float] = field(default_factory=dict)  # what the method's last update gave for the log
     scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
     interruption: Interruption = field(default_factory=Interruption)
-    saved: float = field(default_factory=time.monotonic)  # when
+    saved: float = field(default_factory=time.monotonic)  # time of the last checkpoint
 
     def progress(self, iteration: int, batch: int = 0) -> Progress:
-        """Where training stands in a batch of this iteration, with this rank's own random numbers for it."""
+        """The progress that a batch of this iteration sees, with this rank's own random numbers for it."""
         counted = iteration * self.config.trainer.accumulate + batch
         words = (self.seed * 1_000_003 + counted) * 4096 + distributed.rank()
         generator = torch.Generator().manual_seed(words % 2**63)
-        return Progress(iteration // len(self.data), iteration, len(self.data), generator)
+        epoch = iteration // len(self.data)
+        return Progress(epoch, self.config.trainer.epochs, iteration, len(self.data), generator)
 
     def begin_epoch(self, epoch: int) -> None:
         """Nothing of this epoch has been done."""
@@ -93,11 +95,12 @@ def save(run: Run, improved: bool) -> None:
         "epoch": run.epoch,
         "step": run.step,
         "iterations_per_epoch": len(run.data),
-        **checkpoint.network_states(run.method.networks()),
+        **checkpoint.method_states(run.method),
         "optimizer_state": run.optimizer.state_dict(),
         "scaler_state": run.scaler.state_dict(),
         "best_miou": None if run.best is None else next(iter(run.best.values())),
         "best": run.best,
+        "rates": run.rates,
         "seed": run.seed,
         "config": run.config.to_dict(),
         "run": run.description,
@@ -111,28 +114,28 @@ def save(run: Run, improved: bool) -> None:
         log.info("saved after %d updates of epoch %d: %s", run.step, run.epoch, path)
 
 
-def take_up(run: Run, path: Path) -> None:
-    """Go on where a checkpoint stands.
+def resume(run: Run, path: Path) -> None:
+    """Set a run to the state of a checkpoint.
 
     Raises:
         UserError: it cannot be used, or is from within an epoch of another shape.
     """
-    continued = checkpoint.resume(path, run.method.networks(), run.optimizer, run.seed)
+    found = checkpoint.resume(path, run.method, run.optimizer, run.seed)
     world, length = distributed.world_size(), len(run.data)
-    if continued.step and (continued.world, continued.length) != (world, length):
+    if found.step and (found.world, found.length) != (world, length):
         raise UserError(
-            f"that checkpoint is from an epoch of {continued.length} iterations on {continued.world} process(es), "
+            f"that checkpoint is from an epoch of {found.length} iterations on {found.world} process(es), "
             f"this run has {length} on {world}. Continue it as it was, or from the end of an epoch"
         )
-    if continued.epoch and continued.world != world:
+    if found.epoch and found.world != world:
         log.warning(
             "the run was on %d process(es) until now and goes on with %d: it is no longer bitwise the same run",
-            continued.world, world,
+            found.world, world,
         )  # fmt: skip
-    run.epoch, run.step, run.best = continued.epoch, continued.step, continued.best
-    if continued.scaler:
-        run.scaler.load_state_dict(continued.scaler)
-    if continued.partial is not None:
-        run.meter.read = continued.partial["metrics"]
-        mine = continued.partial["scores"][distributed.rank()]
+    run.epoch, run.step, run.best, run.rates = found.epoch, found.step, found.best, found.rates or {}
+    if found.scaler:
+        run.scaler.load_state_dict(found.scaler)
+    if found.partial is not None:
+        run.meter.read = found.partial["metrics"]
+        mine = found.partial["scores"][distributed.rank()]
         run.scores = [(index.to(run.device), score.to(run.device)) for index, score in mine]

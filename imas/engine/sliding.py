@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..strict import UserError
+from ..errors import UserError
 
 log = logging.getLogger("imas")
 

@@ -1,1 +1,10 @@
-"""One file a method. A new one is a file beside these and a line in ``METHODS`` of ``imas/build.py``."""
+"""One file a method. A new method is a file beside these, a line in ``METHODS``, and an experiment's YAML."""
+
+from __future__ import annotations
+
+from .base import Method
+from .imas import IMAS
+from .sup_only import SupOnly
+
+METHODS: dict[str, type[Method]] = {"imas": IMAS, "sup_only": SupOnly}  # by the name of its section in a YAML
+DEFAULT = "sup_only"  # of a file without such a section

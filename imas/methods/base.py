@@ -1,4 +1,4 @@
-"""What every method is to the engine.
+"""The contract: what every method gets, what it returns, what the engine asks of it.
 
 Letters: B images, H×W the crop, C classes.
 """
@@ -6,121 +6,118 @@ Letters: B images, H×W the crop, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..models.deeplabv3plus import DeepLabV3Plus
-from ..ops.hardness import Hardness
-from ..ops.pseudo import Prediction
+from ..schema import Config, Wants
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from ..engine.session import Session
+
+NewNetwork = Callable[[], DeepLabV3Plus]
+Supervised = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 
-class Batch(NamedTuple):
-    """Normalised images and labels of one step, on one device. What the method did not ask for is None."""
+class Labeled(NamedTuple):
+    """Labeled images of one step, normalised, on the device."""
 
-    images: Tensor  # (B, 3, H, W) labeled
-    labels: Tensor  # (B, H, W) int64, classes or the ignore index
-    images_strong: Tensor | None = None  # (B, 3, H, W) strong view of the labeled crops
-    weak: Tensor | None = None  # (B, 3, H, W) unlabeled
-    strong: Tensor | None = None  # (B, 3, H, W) strong view of the same crops
-    index: Tensor | None = None  # (B,) int64, position of each unlabeled image in its list
+    image: Tensor  # (B, 3, H, W) weak view
+    label: Tensor  # (B, H, W) int64, classes or the ignore index
+    strong: tuple[Tensor, ...] = ()  # ``wants.labeled_strong`` strong views of the same crops, each (B, 3, H, W)
+
+
+class Unlabeled(NamedTuple):
+    """Unlabeled images of one step, normalised, on the device."""
+
+    weak: Tensor  # (B, 3, H, W)
+    strong: tuple[Tensor, ...]  # ``wants.strong`` views of the same crops; none without ``strong_aug``
+    valid: Tensor  # (B, H, W) bool, False where the crop is padding
+    index: Tensor  # (B,) int64, position of each image in its list
+    label: Tensor | None = None  # (B, H, W) int64, pseudo label from a file (``wants.pseudo_label``)
 
 
 class Progress(NamedTuple):
-    """Where training stands. A step is a pure function of weights, batch and progress."""
+    """How far training is. A step is a pure function of weights, batch and progress."""
 
     epoch: int
+    epochs: int
     iteration: int  # from the start of training
     iterations_per_epoch: int
     generator: torch.Generator  # on the CPU, this rank's own for this iteration
 
 
 class Step(NamedTuple):
-    """What one step gives back. Everything stays on the device; nothing here has waited for it."""
+    """The result of one step. Everything stays on the device; nothing here has waited for it."""
 
     loss: Tensor
-    scalars: dict[str, Tensor]  # by name: a number, or (C,) one for each class
-    score: Tensor | None = None  # (B,) of the unlabeled images
-
-
-class Mixed(NamedTuple):
-    """The CutMix view and what it should be predicted as."""
-
-    images: Tensor  # (B, 3, H, W)
-    pseudo: Prediction
-
-
-class Views(NamedTuple):
-    """What becomes of unlabeled images before the student trains on them."""
-
-    student: Prediction  # of the weak views
-    teacher: Prediction | None  # likewise
-    pseudo: Prediction  # what the strong views should be predicted as
-    hardness: Hardness | None
-    strong: Tensor | None  # (B, 3, H, W) as it is trained on
-    mixed: Mixed | None
+    scalars: dict[str, Tensor]  # by name, detached: a number, or (C,) one for each class
+    score: Tensor | None = None  # (B,) of the unlabeled images, for ``scores.csv``
 
 
 class Method(nn.Module):
-    """A module that owns its student and whatever else it trains with.
+    """A module that owns the networks it trains with.
 
-    The engine wraps the whole method in DistributedDataParallel: a method never sees a rank, every trainable
-    parameter must reach the loss in every step, and no state of one rank may hide in its buffers.
+    The engine wraps the whole method in DistributedDataParallel: every trainable parameter must reach the loss in every
+    step, and no state of one rank may hide in its buffers. Large state of its own goes through ``get_extra_state``.
 
     Args:
-        student: the network that is trained.
-        criterion: (logits, labels) → scalar, the supervised loss; resizes the logits to the labels.
-        aux_weight: of the auxiliary head's loss.
+        options: the method's section of the YAML.
+        new_network: makes a network: the same pretrained encoder each time, and a new random head.
+        supervised: (logits, auxiliary logits or None, labels) → scalar, of (B, C, h, w) logits before the last resize
+            (spec, Losses).
     """
 
-    def __init__(self, student: DeepLabV3Plus, criterion: Criterion, aux_weight: float) -> None:
-        super().__init__()
-        self.student = student
-        self.criterion = criterion
-        self.aux_weight = aux_weight
+    Options: ClassVar[type]  # a frozen dataclass: the keys of the section
 
-    def forward(self, batch: Batch, progress: Progress) -> Step:
+    def __init__(self, options: Any, new_network: NewNetwork, supervised: Supervised) -> None:
+        super().__init__()
+        self.options = options
+        self.supervised = supervised
+
+    @classmethod
+    def wants(cls, options: Any) -> Wants:
+        """What each batch has to bring."""
+        return Wants()
+
+    @classmethod
+    def check(cls, config: Config) -> dict[str, str]:
+        """What this method needs and the configuration does not give: dotted key → what is wrong."""
+        return {}
+
+    @classmethod
+    def run(cls, session: Session) -> None:
+        """The whole experiment. A method of several stages calls ``session.fit`` for each."""
+        session.fit("", cls)
+
+    def forward(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> Step:
+        """One step; ``unlabeled`` is None where ``needs_unlabeled`` says so."""
         raise NotImplementedError
 
     def needs_unlabeled(self, epoch: int) -> bool:
-        """Whether steps of this epoch read unlabeled images."""
-        return False
+        """Whether the steps of this epoch read unlabeled images."""
+        return self.wants(self.options).unlabeled
 
-    def views(
-        self, weak: Tensor, strong: Tensor | None, generator: torch.Generator, *, always_mix: bool = False
-    ) -> Views | None:
-        """What a step would make of unlabeled images, to be looked at; None in a method without such.
-
-        Args:
-            weak, strong: as in ``Batch``.
-            always_mix: make the mixed view also where chance would not.
-        """
-        return None
-
-    def after_step(self, progress: Progress) -> None:
-        """Called after the optimiser's update."""
-
-    def rates(self, progress: Progress) -> dict[str, float]:
-        """What else is to be logged of this iteration, known without a look at the device."""
+    def after_step(self, progress: Progress) -> dict[str, float]:
+        """Called after the optimiser's update. Returns numbers for the log that are known without the device."""
         return {}
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks to evaluate and save, by name. The first selects the best checkpoint."""
-        return {"student": self.student}
+        """All networks by name: they are saved, and share memory layout and compilation."""
+        raise NotImplementedError
 
-    def param_groups(self) -> list[dict]:
-        """The student's parameters as two groups named ``encoder`` and ``heads``."""
-        encoder = list(self.student.encoder.parameters())
-        known = {id(parameter) for parameter in encoder}
-        heads = [parameter for parameter in self.student.parameters() if id(parameter) not in known]
-        return [{"name": "encoder", "params": encoder}, {"name": "heads", "params": heads}]
+    def trained(self) -> dict[str, nn.Module]:
+        """The networks that the optimiser updates."""
+        raise NotImplementedError
 
-    def supervised_loss(self, coarse: Tensor, coarse_aux: Tensor | None, labels: Tensor) -> Tensor:
-        """Criterion of main and auxiliary logits, (B, C, h, w) before the last resize (spec, Losses)."""
-        loss = self.criterion(coarse, labels)
-        if coarse_aux is not None:
-            loss = loss + self.aux_weight * self.criterion(coarse_aux, labels)
-        return loss
+    def scored(self) -> dict[str, nn.Module]:
+        """The networks to evaluate. The first selects the best checkpoint."""
+        return self.networks()
+
+    def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
+        """What a step makes of a batch, as titled columns of pictures: (B, 3, H, W) float, normalised images;
+        (B, H, W) integers, classes or 255; (B, H, W) bool, marked pixels; (B,) a number for each image.
+        """
+        return {}

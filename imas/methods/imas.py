@@ -2,74 +2,138 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from ..models.deeplabv3plus import DeepLabV3Plus
 from ..models.ema import make_teacher, teacher_decay, update_teacher
 from ..ops import mixing
-from ..ops.hardness import score_predictions
+from ..ops.hardness import Hardness, score_predictions
 from ..ops.losses import consistency_loss
 from ..ops.pseudo import Prediction, class_shares, label_shares, predict
-from ..schema import HardnessAware, Unsupervised
-from .base import Batch, Criterion, Method, Mixed, Progress, Step, Views
+from ..schema import FRACTION, NOT_NEGATIVE, Config, Wants
+from ..strict import option
+from .base import Labeled, Method, NewNetwork, Progress, Step, Supervised, Unlabeled
+
+
+def _ordered(pair: Any) -> Any:
+    numbers = isinstance(pair, list) and all(type(value) in (int, float) for value in pair)
+    return sorted(pair) if numbers else pair
+
+
+@dataclass(frozen=True)
+class HardnessOptions:
+    """What the score decides (spec, The score; steps 5 and 6)."""
+
+    version: int = option(1, check=(lambda version: version in (1, 2), "1 or 2"))
+    weight_loss: bool = True
+    class_weighted: bool = True
+    ignore_background: bool = True
+    trigger_cutmix: bool = False
+    blend: bool = False
+    scale_box: bool = False
+    gaussian_box: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """Section ``imas``. Without ``hardness`` the images are scored, and the score decides nothing."""
+
+    threshold: float = option(0.95, check=FRACTION)  # τ
+    loss_weight: float = option(1.0, check=NOT_NEGATIVE)
+    teacher_pseudo: bool = True  # pseudo labels of the teacher, else of the student
+    use_cutmix: bool = False
+    use_cutmix_beta: bool = False
+    use_cutmix_range: tuple[float, float] = option(
+        (0.1, 0.9),
+        convert=_ordered,
+        check=(lambda pair: 0 < pair[0] <= pair[1] <= 1, "[low, high] with 0 < low <= high <= 1"),
+    )
+    use_cutmix_trigger_prob: float = option(1.0, check=FRACTION)
+    sup_only_epoch: int = option(0, check=NOT_NEGATIVE)  # epochs of supervised warm-up
+    ema_decay: float = option(0.996, check=FRACTION)  # upper bound of the teacher's decay
+    hardness: HardnessOptions | None = None
+
+
+class Mixed(NamedTuple):
+    """The CutMix view and its pseudo label."""
+
+    image: Tensor  # (B, 3, H, W)
+    pseudo: Prediction
+
+
+class Views(NamedTuple):
+    """What becomes of unlabeled images before the student trains on them (spec, steps 2 to 6)."""
+
+    student: Prediction  # of the weak views
+    teacher: Prediction  # likewise
+    hardness: Hardness
+    pseudo: Prediction  # the pseudo label of weak and strong views
+    strong: Tensor | None  # (B, 3, H, W), blended; None without ``strong_aug``
+    mixed: Mixed | None  # None where CutMix does not fire
 
 
 class IMAS(Method):
-    """Student and EMA teacher; the score h of an image steers its augmentation and weighs its loss.
+    """Student and EMA teacher; the score h of an image steers its augmentation and weighs its loss."""
 
-    Args:
-        unsupervised: the section ``trainer.unsupervised``.
-        hardness: the section ``dataset.train.hardness_aware``; None scores and logs, but lets the score decide
-            nothing.
-        sup_only_epoch: epochs of supervised warm-up.
-        ema_decay: upper bound of the teacher's decay.
-    """
+    Options = Options
 
-    def __init__(
-        self,
-        student: DeepLabV3Plus,
-        criterion: Criterion,
-        aux_weight: float,
-        *,
-        unsupervised: Unsupervised,
-        hardness: HardnessAware | None,
-        sup_only_epoch: int,
-        ema_decay: float,
-    ) -> None:
-        super().__init__(student, criterion, aux_weight)
-        self.teacher = make_teacher(student)
-        self.unsupervised = unsupervised
-        self.hardness = hardness
-        self.sup_only_epoch = sup_only_epoch
-        self.ema_decay = ema_decay
+    def __init__(self, options: Options, new_network: NewNetwork, supervised: Supervised) -> None:
+        super().__init__(options, new_network, supervised)
+        self.student = new_network()
+        self.teacher = make_teacher(self.student)
 
-    def forward(self, batch: Batch, progress: Progress) -> Step:
-        if not self.needs_unlabeled(progress.epoch):
-            loss = self.supervised_loss(*self.student.coarse(batch.images), batch.labels)
+    @classmethod
+    def wants(cls, options: Options) -> Wants:
+        return Wants(unlabeled=True, strong=1)
+
+    @classmethod
+    def check(cls, config: Config) -> dict[str, str]:
+        options, epochs, problems = config.options, config.trainer.epochs, {}
+        if options.sup_only_epoch >= epochs:
+            problems["imas.sup_only_epoch"] = (
+                f"expected fewer than the {epochs} epochs, got {options.sup_only_epoch}: no epoch would use unlabeled "
+                "images"
+            )
+        if options.hardness is not None and options.hardness.scale_box and options.hardness.gaussian_box:
+            problems["imas.hardness.gaussian_box"] = "cannot be combined with scale_box"
+        return problems
+
+    def forward(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> Step:
+        if unlabeled is None:  # warm-up
+            loss = self.supervised(*self.student.coarse(labeled.image), labeled.label)
             return Step(loss, {"loss_lb": loss.detach()})
 
-        student, teacher, pseudo, hardness, strong, mixed = self.views(batch.weak, batch.strong, progress.generator)
+        # Steps 2 to 6: predictions, score, pseudo label, blended strong view, CutMix view.
+        views = self.views(unlabeled, progress.generator)
+        student, teacher, hardness, pseudo, strong, mixed = views
 
-        # The weak views earn no loss; BatchNorm is to see them.
-        views = [batch.images, batch.weak]
-        if mixed is not None:
-            views.append(mixed.images)
+        # What the student trains on, and what it should say there. Without any such view, the weak views once more.
+        train_on = [] if mixed is None else [mixed]
         if strong is not None:
-            views.append(strong)
-        elif mixed is None:
-            views.append(batch.weak)
-        coarse, coarse_aux = self.student.coarse(torch.cat(views))
-        labeled, _, *unlabeled = coarse.split([len(view) for view in views])
-        labeled_aux = None if coarse_aux is None else coarse_aux[: len(batch.images)]
-        loss_lb = self.supervised_loss(labeled, labeled_aux, batch.labels)
+            train_on.append(Mixed(strong, pseudo))
+        if not train_on:
+            train_on.append(Mixed(unlabeled.weak, pseudo))
 
-        targets = ([] if mixed is None else [mixed.pseudo]) + ([pseudo] if strong is not None or mixed is None else [])
-        weight = hardness.score if self.hardness is not None and self.hardness.weight_loss else None
-        losses = [self.consistency(logits, target, weight) for logits, target in zip(unlabeled, targets, strict=True)]
-        loss_ub = self.unsupervised.loss_weight * sum(losses) / len(losses)
+        # Step 7: one pass. The weak views contribute no loss; they are there for BatchNorm's statistics.
+        batch = [labeled.image, unlabeled.weak, *(view.image for view in train_on)]
+        coarse, coarse_aux = self.student.coarse(torch.cat(batch))
+        of_labeled, _, *of_views = coarse.split([len(images) for images in batch])
 
-        confident, predicted = class_shares(pseudo, self.unsupervised.threshold, self.student.num_classes)
+        # Step 8: the supervised loss.
+        aux_of_labeled = None if coarse_aux is None else coarse_aux[: len(labeled.image)]
+        loss_lb = self.supervised(of_labeled, aux_of_labeled, labeled.label)
+
+        # Step 9: the consistency loss, weighted by the score of the base image.
+        weight = hardness.score if self.options.hardness is not None and self.options.hardness.weight_loss else None
+        losses = [
+            self.consistency(logits, view.pseudo, weight) for logits, view in zip(of_views, train_on, strict=True)
+        ]
+        loss_ub = self.options.loss_weight * sum(losses) / len(losses)
+
+        confident, predicted = class_shares(pseudo, self.options.threshold, self.student.num_classes)
         scalars = {
             "loss_lb": loss_lb.detach(),
             "loss_ub": loss_ub.detach(),
@@ -80,37 +144,35 @@ class IMAS(Method):
             "agreement": (student.label == teacher.label).float().mean(),
             "confident": confident,
             "predicted": predicted,
-            "labeled": label_shares(batch.labels, self.student.num_classes),
+            "labeled": label_shares(labeled.label, self.student.num_classes),
         }
-        return Step(loss_lb + loss_ub, scalars, hardness.score)
+        return Step(loss_lb + loss_ub, scalars, hardness.score)  # step 10 is the engine's
 
-    def views(
-        self, weak: Tensor, strong: Tensor | None, generator: torch.Generator, *, always_mix: bool = False
-    ) -> Views:
+    def views(self, unlabeled: Unlabeled, generator: torch.Generator, *, always_mix: bool = False) -> Views:
         """Predictions and score of the weak views, and what follows from them (spec, steps 2 to 6).
 
         Args:
-            always_mix: make the CutMix view, whether or not it would fire.
+            always_mix: make the CutMix view also where chance would not.
         """
-        student, teacher = self.predict_weak(weak)
-        flags = self.hardness or HardnessAware()
+        student, teacher = self.predict_weak(unlabeled.weak)
+        flags = self.options.hardness or HardnessOptions()
         hardness = score_predictions(
             student,
             teacher,
             self.student.num_classes,
-            self.unsupervised.threshold,
+            self.options.threshold,
             class_weighted=flags.class_weighted,
             ignore_background=flags.ignore_background,
             version=flags.version,
         )
-        pseudo = teacher if self.unsupervised.teacher_pseudo else student
-        blended = self.blend(weak, strong, hardness.score, generator)
-        mixed = self.cutmix(weak, pseudo, hardness.score, generator, always=always_mix)
-        return Views(student, teacher, pseudo, hardness, blended, mixed)
+        pseudo = teacher if self.options.teacher_pseudo else student
+        strong = self.blend(unlabeled, hardness.score, generator)
+        mixed = self.cutmix(unlabeled.weak, pseudo, hardness.score, generator, always=always_mix)
+        return Views(student, teacher, hardness, pseudo, strong, mixed)
 
     @torch.no_grad()
     def predict_weak(self, weak: Tensor) -> tuple[Prediction, Prediction]:
-        """Student's and teacher's predictions of the weak views, both in eval mode (spec, step 2)."""
+        """Student's and teacher's predictions of the weak views, both in eval mode (spec, steps 2 and 4)."""
         size = weak.shape[-2:]
         self.student.eval()
         student = predict(self.student.coarse(weak, aux=False)[0], size)
@@ -119,19 +181,21 @@ class IMAS(Method):
         torch.clear_autocast_cache()  # torch 2.6 would train on weights that were cast here, without a gradient
         return student, teacher
 
-    def blend(self, weak: Tensor, strong: Tensor | None, score: Tensor, generator: torch.Generator) -> Tensor | None:
+    def blend(self, unlabeled: Unlabeled, score: Tensor, generator: torch.Generator) -> Tensor | None:
         """The strong view, as strong as the score allows (spec, step 5); None where none is configured."""
-        if strong is None or self.hardness is None:
-            return strong
-        if self.hardness.blend:
-            return mixing.adaptive_blend(strong, weak, score)
-        return mixing.random_choice(strong, weak, score, generator)
+        if not unlabeled.strong:
+            return None
+        if self.options.hardness is None:
+            return unlabeled.strong[0]
+        if self.options.hardness.blend:
+            return mixing.adaptive_blend(unlabeled.strong[0], unlabeled.weak, score)
+        return mixing.random_choice(unlabeled.strong[0], unlabeled.weak, score, generator)
 
     def cutmix(
         self, weak: Tensor, pseudo: Prediction, score: Tensor, generator: torch.Generator, *, always: bool = False
     ) -> Mixed | None:
         """The CutMix view of the weak views with its labels and confidences, or None if it does not fire (step 6)."""
-        options, flags = self.unsupervised, self.hardness or HardnessAware()
+        options, flags = self.options, self.options.hardness or HardnessOptions()
         if not options.use_cutmix:
             return None
         uses_mean = flags.trigger_cutmix or flags.scale_box or flags.gaussian_box
@@ -151,7 +215,7 @@ class IMAS(Method):
         mask = mixing.cutmix_mask(batch, height, width, side, generator, border=border).to(
             weak.device, non_blocking=True
         )
-        if self.hardness is None or options.use_cutmix_beta:
+        if options.hardness is None or options.use_cutmix_beta:
             partner = torch.randperm(batch, generator=generator).to(weak.device, non_blocking=True)
         else:
             partner = mixing.cutmix_partners(score)
@@ -161,22 +225,45 @@ class IMAS(Method):
 
     def consistency(self, coarse: Tensor, pseudo: Prediction, weight: Tensor | None) -> Tensor:
         """Consistency loss of (B, C, h, w) logits before the last resize (spec, step 9)."""
-        return consistency_loss(coarse, pseudo.label, pseudo.confidence, self.unsupervised.threshold, weight)
+        return consistency_loss(coarse, pseudo.label, pseudo.confidence, self.options.threshold, weight)
 
     def needs_unlabeled(self, epoch: int) -> bool:
-        return epoch >= self.sup_only_epoch
+        return epoch >= self.options.sup_only_epoch
 
-    def after_step(self, progress: Progress) -> None:
-        update_teacher(self.teacher, self.student, self.rates(progress)["decay"])
-
-    def rates(self, progress: Progress) -> dict[str, float]:
+    def after_step(self, progress: Progress) -> dict[str, float]:
+        """Step 11: the teacher's update."""
         decay = teacher_decay(
-            progress.epoch, progress.iteration, progress.iterations_per_epoch, self.sup_only_epoch, self.ema_decay
+            progress.epoch,
+            progress.iteration,
+            progress.iterations_per_epoch,
+            self.options.sup_only_epoch,
+            self.options.ema_decay,
         )
+        update_teacher(self.teacher, self.student, decay)
         return {"decay": decay}
 
     def networks(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher, "student": self.student}
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"student": self.student}
+
+    def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
+        if unlabeled is None:
+            return {}
+        student, teacher, hardness, pseudo, strong, mixed = self.views(unlabeled, progress.generator, always_mix=True)
+        columns = {"weak view": unlabeled.weak}
+        if strong is not None:
+            columns["strong view"] = strong
+        if mixed is not None:
+            columns["CutMix view"] = mixed.image
+        columns["pseudo label (grey: unsure)"] = pseudo.label.masked_fill(
+            pseudo.confidence < self.options.threshold, 255
+        )
+        columns["student"] = student.label
+        columns["agreement (red: they differ)"] = student.label != teacher.label
+        columns["score"] = hardness.score
+        return columns
 
     def train(self, mode: bool = True) -> IMAS:
         super().train(mode)

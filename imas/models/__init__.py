@@ -1,1 +1,1 @@
-"""Networks, the teacher, weight files. Imports torch only."""
+"""Networks, the teacher, weight files."""

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.resize import resize
-from .conv import Conv2d, convolve_joined
 from .resnet import ResNet
+
+PARTS = ("encode", "fuse", "classify", "auxiliary")  # the functions that ``DeepLabV3Plus.coarse`` is made of
 
 
 def _conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False) -> list[nn.Module]:
     padding = dilation * (kernel // 2)
     return [
-        Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias),
+        nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     ]
@@ -48,7 +49,7 @@ class ASPP(nn.Module):
 
 
 class Decoder(nn.Module):
-    """ASPP on x4, joined with a thin projection of x1, and a classifier at 1/4 of the image."""
+    """The layers on x1 and x4: a thin projection, ASPP and its head, and the classifier at 1/4 of the image."""
 
     def __init__(
         self,
@@ -66,13 +67,8 @@ class Decoder(nn.Module):
         self.classifier = nn.Sequential(
             *_conv_bn_relu(low_conv_planes + inner_planes, inner_planes, 3),
             *_conv_bn_relu(inner_planes, inner_planes, 3),
-            Conv2d(inner_planes, num_classes, 1),
+            nn.Conv2d(inner_planes, num_classes, 1),
         )
-
-    def forward(self, x1: Tensor, x4: Tensor) -> Tensor:
-        low = self.low_conv(x1)
-        joined = convolve_joined(self.classifier[0], low, self.head(self.aspp(x4)))
-        return _logits(self.classifier[1:], joined)
 
 
 class AuxiliaryHead(nn.Module):
@@ -80,14 +76,11 @@ class AuxiliaryHead(nn.Module):
 
     def __init__(self, inputs: int, num_classes: int, planes: int = 256) -> None:
         super().__init__()
-        self.aux = nn.Sequential(*_conv_bn_relu(inputs, planes, 3), Conv2d(planes, num_classes, 1))
-
-    def forward(self, x3: Tensor) -> Tensor:
-        return _logits(self.aux, x3)
+        self.aux = nn.Sequential(*_conv_bn_relu(inputs, planes, 3), nn.Conv2d(planes, num_classes, 1))
 
 
 class DeepLabV3Plus(nn.Module):
-    """The segmentation network of every experiment.
+    """The segmentation network of every experiment, in parts that a method may call one by one (``PARTS``).
 
     Args:
         encoder: a ``ResNet``.
@@ -112,16 +105,42 @@ class DeepLabV3Plus(nn.Module):
         self.decoder = Decoder(low, high, num_classes, inner_planes, low_conv_planes, dilations)
         self.auxor = AuxiliaryHead(middle, num_classes) if aux else None
 
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) normalised images → the encoder's features x1 (1/4 of the size), x3 and x4."""
+        x1, _, x3, x4 = self.encoder(images)
+        return x1, x3, x4
+
+    def fuse(self, x1: Tensor, x4: Tensor) -> Tensor:
+        """The features that are classified, (B, ``low_conv_planes`` + ``inner_planes``, H/4, W/4): first those of x1,
+        then those of x4, resized to the size of x1.
+        """
+        decoder = self.decoder
+        low, high = decoder.low_conv(x1), decoder.head(decoder.aspp(x4))
+        return torch.cat([low, resize(high, low.shape[-2:])], dim=1)
+
+    def classify(self, fused: Tensor) -> Tensor:
+        """The result of ``fuse`` → logits before the last resize, (B, C, H/4, W/4) float32."""
+        return _logits(self.decoder.classifier, fused)
+
+    def auxiliary(self, x3: Tensor) -> Tensor | None:
+        """Logits of the auxiliary head before the last resize, (B, C, h, w) float32; None for a network without one."""
+        return None if self.auxor is None else _logits(self.auxor.aux, x3)
+
     def coarse(self, images: Tensor, aux: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Logits before the last resize, (B, C, H/4, W/4) and (B, C, h, w), the latter None without ``aux``; float32.
+        """Logits before the last resize, of ``classify`` and of ``auxiliary``; the latter None without ``aux``.
 
         For callers that need only some of the images at full size, or one at a time.
         """
-        x1, _, x3, x4 = self.encoder(images)
-        return self.decoder(x1, x4), self.auxor(x3) if aux and self.auxor is not None else None
+        x1, x3, x4 = self.encode(images)
+        return self.classify(self.fuse(x1, x4)), self.auxiliary(x3) if aux else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 3, H, W) normalised images → (logits, aux_logits or None), each (B, C, H, W) float32."""
-        size = images.shape[-2:]
-        logits, aux_logits = DeepLabV3Plus.coarse(self, images)  # not compiled: whole images have many sizes
+        """(B, 3, H, W) normalised images → (logits, aux_logits or None), each (B, C, H, W) float32.
+
+        Never compiled, since whole images have many sizes: the parts of the class are called, not those that
+        ``trainer.compile`` puts into the instance.
+        """
+        size, cls = images.shape[-2:], DeepLabV3Plus
+        x1, x3, x4 = cls.encode(self, images)
+        logits, aux_logits = cls.classify(self, cls.fuse(self, x1, x4)), cls.auxiliary(self, x3)
         return resize(logits, size), None if aux_logits is None else resize(aux_logits, size)

@@ -13,67 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-
-from .conv import Conv2d
-
-
-def _conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> Conv2d:
-    return Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
+from torchvision.models import resnet
+from torchvision.models.resnet import Bottleneck, conv1x1, conv3x3
 
 
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions (ResNet-18 and 34)."""
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's block of two 3×3 convolutions (ResNet-18 and 34), which refuses dilation by itself."""
 
-    expansion = 1
-
-    def __init__(self, inputs: int, planes: int, stride: int, dilation: int, downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.conv1 = _conv3x3(inputs, planes, stride, dilation)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = _conv3x3(planes, planes, 1, dilation)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        return self.bn2
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
-        x += shortcut
-        return self.relu(x)
-
-
-class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 with the stride on the 3×3 (ResNet-50, 101 and 152)."""
-
-    expansion = 4
-
-    def __init__(self, inputs: int, planes: int, stride: int, dilation: int, downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.conv1 = Conv2d(inputs, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = _conv3x3(planes, planes, stride, dilation)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = Conv2d(planes, planes * self.expansion, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-
-    @property
-    def last_norm(self) -> nn.BatchNorm2d:
-        return self.bn3
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))
-        x += shortcut
-        return self.relu(x)
+    def __init__(
+        self, inputs: int, planes: int, stride: int = 1, downsample: nn.Module | None = None, dilation: int = 1
+    ) -> None:
+        super().__init__(inputs, planes, stride, downsample)
+        for convolution in (self.conv1, self.conv2):
+            convolution.padding = convolution.dilation = (dilation, dilation)
 
 
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -117,9 +69,9 @@ class ResNet(nn.Module):
         if deep_stem:
             stem = 2 * width
             self.conv1: nn.Module = nn.Sequential(
-                _conv3x3(3, width, stride=2), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-                _conv3x3(width, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-                _conv3x3(width, stem),
+                conv3x3(3, width, stride=2), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+                conv3x3(width, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+                conv3x3(width, stem),
             )  # fmt: skip
         else:
             stem = width
@@ -153,7 +105,7 @@ class ResNet(nn.Module):
         if zero_init_residual:
             for module in self.modules():
                 if isinstance(module, BasicBlock | Bottleneck):
-                    nn.init.zeros_(module.last_norm.weight)
+                    nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, 3, H, W) → x1 (1/4), x2, x3, x4, with ``channels`` channels."""
@@ -197,7 +149,7 @@ def _stage(
     outputs = planes * block.expansion
     downsample = None
     if stride != 1 or inputs != outputs:
-        downsample = nn.Sequential(Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-    blocks = [block(inputs, planes, stride, dilations[0], downsample)]
-    blocks += [block(outputs, planes, 1, dilation, None) for dilation in dilations[1:]]
+        downsample = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+    blocks = [block(inputs, planes, stride, downsample, dilation=dilations[0])]
+    blocks += [block(outputs, planes, dilation=dilation) for dilation in dilations[1:]]
     return nn.Sequential(*blocks)

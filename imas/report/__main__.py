@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..strict import run_script
+from ..errors import run_script
 from . import write
 
 

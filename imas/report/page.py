@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ..errors import UserError
 from ..files import replacing
-from ..strict import UserError
 from .charts import Line, number, sparkline
 from .curves import Runs, over_epochs, pseudo_labels
 from .markup import Markup, document, folded, heading, label, picture, table

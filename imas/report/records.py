@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from ..strict import UserError
+from ..errors import UserError
 
 _SCORES = ("epoch", "image", "score")
 

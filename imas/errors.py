@@ -1,0 +1,66 @@
+"""Mistakes that the person at the keyboard can mend, and how a script ends with them."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_NO_MEMORY = (
+    "the GPU is out of memory. trainer.amp: bf16, trainer.checkpoint_encoder: true, or a smaller "
+    "dataset.train.batch_size with a larger trainer.accumulate need less"
+)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+class UserError(Exception):
+    """Something that the user can mend: one message, no traceback, an exit status."""
+
+    status = 2
+
+
+class ConfigError(UserError, ValueError):
+    """Everything that is wrong with a configuration, one line each."""
+
+
+class Together:
+    """Several checks whose mistakes come as one ``UserError``: ``together(check, argument)`` returns what ``check``
+    returns, or None where it failed.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def __call__(self, check: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except UserError as error:
+            self.errors.append(str(error))
+            return None
+
+    def finish(self) -> None:
+        """Raise all mistakes found, if any."""
+        if self.errors:
+            raise UserError("\n".join(self.errors))
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call a script's ``main``. A ``UserError``, a full or read-only disk and a GPU out of memory end it with a message
+    on stderr and an exit status instead of a traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"error: {error.filename or 'the output folder'}: cannot be written ({error.strerror})", file=sys.stderr)
+        sys.exit(UserError.status)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; this file does not import torch
+            raise
+        print(f"error: {_NO_MEMORY} ({str(error).splitlines()[0]})", file=sys.stderr)
+        sys.exit(UserError.status)

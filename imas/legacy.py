@@ -1,0 +1,168 @@
+"""Former names: the files of the authors, and of this project before each method had a section of its own.
+
+Tables from former dotted keys to today's are applied to a raw file before it is read. Whoever starts anew never meets
+them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .strict import MISSING, Reader, get, put, show
+
+# Names of networks as the authors' files have them; those of any other network follow from its name.
+STATE_KEYS = {"student": "model_state", "teacher": "teacher_state"}  # in checkpoints
+COLUMNS = {"student": "miou_stu", "teacher": "miou_tea"}  # in metrics.csv
+
+# Former prefix or name of a value → today's. The authors' files name Python classes: only the class name counts.
+_MODULE = re.compile(r"^(imas|u2pl)\.(\w+\.)*")
+_SPELLINGS = {
+    "dataset.type": {"pascal_semi": "pascal", "cityscapes_semi": "cityscapes"},
+    "net.encoder.type": {},
+    "net.decoder.type": {"dec_deeplabv3_plus": "deeplabv3plus"},
+    "criterion.type": {"CELoss": "ce"},
+}
+
+# Keys that steer nothing any more → the values that they may have, None for any.
+_IGNORED_KEYS: dict[str, tuple | None] = {
+    "dataset.val.crop.type": ("rand", "center"),
+    "saver.pretrain": None,
+    "criterion.kwargs.use_weight": (False,),
+    "net.encoder.kwargs.fpn": (True,),
+    "net.encoder.kwargs.pretrained": None,
+    "net.decoder.kwargs.rep_head": (False,),
+}
+
+# Former key or section → today's, in this order. A section brings all of its keys along.
+_IMAS = {
+    "trainer.unsupervised": "imas",
+    "dataset.train.hardness_aware": "imas.hardness",
+    "trainer.sup_only_epoch": "imas.sup_only_epoch",
+    "net.ema_decay": "imas.ema_decay",
+    "imas.flag_ema_pseudo": "imas.teacher_pseudo",
+    "imas.hardness.flag_using_v1": "imas.hardness.version",
+    "imas.hardness.flag_hardness_weighted_loss": "imas.hardness.weight_loss",
+    "imas.hardness.flag_cal_iou_weighted": "imas.hardness.class_weighted",
+    "imas.hardness.flag_cal_iou_ignore_bg": "imas.hardness.ignore_background",
+    "imas.hardness.flag_cmix_trigger_by_hard": "imas.hardness.trigger_cutmix",
+    "imas.hardness.flag_augs_mixup_by_hard": "imas.hardness.blend",
+    "imas.hardness.flag_mapping_random": "imas.hardness.scale_box",
+    "imas.hardness.flag_mapping_gaussian": "imas.hardness.gaussian_box",
+}
+_SUP_ONLY = {"dataset.train.strong_aug.labeled": "sup_only.strong_views"}
+_FORMER = {"imas": _IMAS, "sup_only": _SUP_ONLY}
+_VALUES: dict[str, Callable[[Any], Any]] = {"imas.hardness.flag_using_v1": {True: 1, False: 2}.__getitem__}
+
+# Keys that former files may have although the method has no use for them.
+_IDLE = {
+    "imas": ("dataset.train.strong_aug.labeled",),
+    "sup_only": ("trainer.sup_only_epoch", "net.ema_decay", "trainer.unsupervised", "dataset.train.hardness_aware"),
+}
+
+# The authors' baseline leaves out the last short batch of an epoch on Cityscapes, and trains on it on Pascal.
+_DROP_LAST = "dataset.train.drop_last"
+
+
+def method_of(raw: dict[str, Any]) -> str:
+    """The method of a file that has no section of a method: its ``method`` key, or what its other keys tell."""
+    named = raw.get("method")
+    if named is not None:
+        return str(named)
+    trainer = raw.get("trainer")
+    return "imas" if isinstance(trainer, dict) and trainer.get("unsupervised") is not None else "sup_only"
+
+
+def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) -> tuple[dict[str, Any], list[str]]:
+    """A raw file with today's keys, and a remark for each that was translated.
+
+    Args:
+        raw: nested dicts, changed in place.
+        method: the method's name.
+        former: whether the file is of the time before methods had sections.
+        reader: gets the mistakes; it learns how the user wrote each key.
+    """
+    remarks: list[str] = []
+    for key, names in _SPELLINGS.items():
+        value = get(raw, key)
+        if isinstance(value, str):
+            plain = _MODULE.sub("", value)
+            today = names.get(plain, plain)
+            if today != value:
+                put(raw, key, today)
+                remarks.append(f"{key}: {value} → {today}")
+    for key, allowed in _IGNORED_KEYS.items():
+        value = _pop(raw, key)
+        if value is MISSING:
+            continue
+        if allowed is not None and value not in allowed:
+            reader.error(key, f"only {' or '.join(map(show, allowed))} is supported, got {show(value)}")
+        else:
+            remarks.append(f"{key}: has no meaning any more")
+    if former:
+        raw.pop("method", None)
+        for key in _IDLE.get(method, ()):
+            if _pop(raw, key) not in (MISSING, None):
+                remarks.append(f"{key}: means nothing to {method}")
+        sup_only = method == "sup_only" and get(raw, "dataset.type") == "cityscapes"
+        if sup_only and get(raw, _DROP_LAST) is MISSING and isinstance(get(raw, "dataset.train"), dict):
+            put(raw, _DROP_LAST, True)
+            remarks.append(f"{_DROP_LAST}: true, as the authors train on Cityscapes without unlabeled images")
+    for key, today in _FORMER.get(method, {}).items():
+        value, section = _pop(raw, key), today.rpartition(".")[0]
+        if value is not MISSING:
+            _move(raw, key, today, value, reader, remarks)
+        if section in reader.written:
+            reader.former.setdefault(section, []).append(key.rpartition(".")[2])
+    return raw, remarks
+
+
+def todays_key(key: str, method: str) -> str:
+    """Where ``translate`` puts a dotted key."""
+    for former, today in _FORMER.get(method, {}).items():
+        if key == former or key.startswith(f"{former}."):
+            key = today + key.removeprefix(former)
+    return key
+
+
+def _move(raw: dict[str, Any], key: str, today: str, value: Any, reader: Reader, remarks: list[str]) -> None:
+    """Give a value its key of today; a section joins what is there already."""
+    there = get(raw, today)
+    if isinstance(value, dict) and isinstance(there, dict):
+        for name, item in value.items():
+            _move(raw, f"{key}.{name}", f"{today}.{name}", item, reader, remarks)
+        return
+    written = reader.written.get(key, key)
+    for old, new in _with_children(key, today, value):
+        reader.written.setdefault(new, reader.written.get(old, old))
+        if old in reader.lines:
+            reader.lines.setdefault(new, reader.lines[old])
+    if there is not MISSING:
+        reader.error(written, f"this is the former name of {today}, which is set as well: keep one")
+        return
+    if key in _VALUES:
+        try:
+            value = _VALUES[key](value)
+        except (KeyError, TypeError, ValueError):
+            reader.error(
+                written, f"{show(value)} is not a value that this former key could have", reader.lines.get(key)
+            )
+            return
+    with contextlib.suppress(ValueError):  # the section is none, which the reader will say
+        put(raw, today, value)
+    remarks.append(f"{written} → {today}" + ("" if isinstance(value, dict) else f": {show(value)}"))
+
+
+def _with_children(key: str, today: str, value: Any) -> Iterator[tuple[str, str]]:
+    yield key, today
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _with_children(f"{key}.{name}", f"{today}.{name}", item)
+
+
+def _pop(raw: dict[str, Any], key: str) -> Any:
+    parents, _, last = key.rpartition(".")
+    section = get(raw, parents) if parents else raw
+    return section.pop(last, MISSING) if isinstance(section, dict) else MISSING

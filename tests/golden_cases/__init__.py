@@ -1,0 +1,1 @@
+"""How the cases of each golden file of a method are run."""
