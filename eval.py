@@ -1,6 +1,6 @@
 """Evaluate a network of a checkpoint, or predict images with it, on a CPU, a GPU, or several by torchrun.
 
-As training does it after each epoch, on the validation list of the configuration that the checkpoint carries:
+As training does after each epoch, on the validation list of the configuration that the checkpoint carries:
 
     python eval.py --checkpoint exps/shapes_imas/checkpoints/ckpt_best.pth
     torchrun --standalone --nproc_per_node=4 eval.py --checkpoint FILE --network student --json out.json
@@ -8,7 +8,7 @@ As training does it after each epoch, on the validation list of the configuratio
 Another list, other views, all that can be written; checkpoints of the authors' code need a configuration beside them:
 
     python eval.py --config CONFIG --checkpoint FILE --list test.txt --root DATA --flip --scales 0.75 1 1.25 \\
-        --boundary --json out.json --csv out.csv --confusion confusion.png
+        --json out.json --csv out.csv --confusion confusion.png
 
 Images without ground truth, each at its own size; OUT gets the folders index (class numbers as PNGs with the palette),
 overlay (the image, half covered by the colours) and confidence (the class's mean probability, grey 0..255 for 0..1):
@@ -24,27 +24,27 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from imas import distributed
-from imas.build import build_model
+from imas.build import build_method, build_model
 from imas.config import carried_config, load_config
 from imas.data.catalog import catalog_of
 from imas.data.check import check_data
 from imas.data.lists import read_lists
-from imas.data.normalise import Normalise
 from imas.engine import checkpoint
 from imas.engine.evaluate import Evaluation, figures, format_table
 from imas.engine.log import start_logging
 from imas.engine.precision import prepare_network
 from imas.engine.predict import Incomplete, find_images, predict_images
-from imas.engine.results import confusion_picture, need_file, need_folder, write_csv, write_json
+from imas.engine.results import confusion_picture, need_writable, write_csv, write_json
 from imas.engine.sliding import Predictor, Protocol
 from imas.errors import Together, UserError, run_script
 from imas.files import replacing
-from imas.models.deeplabv3plus import DeepLabV3Plus
 from imas.schema import Config
 
 log = logging.getLogger("imas")
-_WITH_TRUTH = ("list", "root", "boundary", "json", "csv", "confusion")
+_WITH_TRUTH = ("list", "root", "json", "csv", "confusion")
 _WITHOUT_TRUTH = ("save_dir", "cityscapes_ids")
 
 
@@ -54,41 +54,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a file written by training")
     parser.add_argument("--config", type=Path, help="an experiment's YAML (default: what the checkpoint carries)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key of it")
-    parser.add_argument("--network", choices=("teacher", "student"), help="default: the teacher, if there is one")
-    how = parser.add_argument_group("how images are seen (default: in windows of dataset.val.crop.size)")
-    how.add_argument("--whole", action="store_true", help="in one window as large as the image")
+    parser.add_argument("--network", metavar="NAME", help="default: the one that selected the best checkpoint")
+    how = parser.add_argument_group("views of an image (default: windows of dataset.val.crop.size)")
+    how.add_argument("--whole", action="store_true", help="one window as large as the image")
     how.add_argument("--flip", action="store_true", help="average probabilities with those of the mirrored image")
-    how.add_argument(
-        "--scales",
-        nargs="+",
-        type=float,
-        default=[1.0],
-        metavar="S",
-        help="average over the image resized by these factors",
-    )
-    how.add_argument(
-        "--accumulate",
-        choices=("device", "cpu"),
-        default="device",
-        help="where probabilities are summed (default: device; an image for which it is too small, on the CPU)",
-    )
+    factors = {"nargs": "+", "type": float, "default": [1.0], "metavar": "S"}
+    how.add_argument("--scales", **factors, help="average over the image resized by these factors")
+    where = "where to sum probabilities (default: device; on the CPU an image for which it is too small)"
+    how.add_argument("--accumulate", choices=("device", "cpu"), default="device", help=where)
     truth = parser.add_argument_group("evaluation")
     truth.add_argument("--list", type=Path, metavar="FILE", help="these images, not dataset.val.data_list")
-    truth.add_argument(
-        "--root", type=Path, metavar="DIR", help="where they and their masks lie, not dataset.val.data_root"
-    )
-    truth.add_argument("--boundary", action="store_true", help="Boundary IoU, too (bands of 2 %% of the diagonal)")
+    truth.add_argument("--root", type=Path, metavar="DIR", help="their folder, not dataset.val.data_root")
     truth.add_argument("--json", type=Path, metavar="FILE", help="write all figures, unrounded, with the protocol")
     truth.add_argument("--csv", type=Path, metavar="FILE", help="the same, a row a class")
     truth.add_argument("--confusion", type=Path, metavar="FILE.png", help="a picture of the confusion matrix")
     free = parser.add_argument_group("prediction, without ground truth")
-    free.add_argument(
-        "--images", nargs="+", metavar="DIR|FILE|GLOB", help="image files (quote a pattern); sub-folders are kept"
-    )
+    images = "image files (quote a pattern); sub-folders are kept"
+    free.add_argument("--images", nargs="+", metavar="DIR|FILE|GLOB", help=images)
     free.add_argument("--save-dir", type=Path, metavar="OUT", help="folder for the predictions")
-    free.add_argument(
-        "--cityscapes-ids", action="store_true", help="write labelIds, as the Cityscapes test server wants them"
-    )
+    ids = "write labelIds, as the Cityscapes test server wants them"
+    free.add_argument("--cityscapes-ids", action="store_true", help=ids)
     return parser.parse_args(arguments)
 
 
@@ -101,12 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     state = checkpoint.read(options.checkpoint)
     config = read_config(options, state)
     protocol = Protocol(None if options.whole else config.dataset.val.crop.size, options.flip, tuple(options.scales))
-    name = options.network or ("teacher" if state.get("teacher_state") else "student")
-    network = build_model(config.net, pretrained=False)
-    checkpoint.load_network(network, name, state, options.checkpoint)
-    prepare_network(network, config.trainer)
+    name, network = load_network(options, config, state)
     about = {"network": name, "checkpoint": str(options.checkpoint), "epoch": state.get("epoch")}
-    (evaluate if options.images is None else predict)(options, config, network.eval(), protocol, about)
+    (evaluate if options.images is None else predict)(options, config, network, protocol, about)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -115,25 +97,24 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         UserError: all of them.
     """
-    together = Together()
-    given = vars(options)
-    foreign = [name for name in (_WITHOUT_TRUTH if options.images is None else _WITH_TRUTH) if given[name]]
-    if foreign:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
-        together.errors.append(
-            f"{flags}: only with --images" if options.images is None else f"{flags}: --images has no ground truth"
-        )
+    together, given = Together(), vars(options)
+    names, why = _WITH_TRUTH, "--images has no ground truth"
+    if options.images is None:
+        names, why = _WITHOUT_TRUTH, "only with --images"
+    flags = [f"--{name.replace('_', '-')}" for name in names if given[name]]
+    if flags:
+        together.errors.append(f"{', '.join(flags)}: {why}")
     if options.images is not None and options.save_dir is None:
         together.errors.append("--images: needs --save-dir OUT, the folder for the predictions")
     if not all(0 < scale < float("inf") for scale in options.scales):
         together.errors.append(f"--scales {' '.join(map(str, options.scales))}: expected numbers above 0")
     for name in ("json", "csv", "confusion"):
         if given[name] is not None:
-            together(need_file, f"--{name}", given[name])
+            together(need_writable, f"--{name}", given[name])
     if options.confusion is not None and options.confusion.suffix.lower() != ".png":
         together.errors.append(f"--confusion {options.confusion}: expected a name that ends in .png")
     if options.save_dir is not None:
-        together(need_folder, "--save-dir", options.save_dir)
+        together(need_writable, "--save-dir", options.save_dir, True)
     together.finish()
 
 
@@ -161,57 +142,69 @@ def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
     return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, val=val))
 
 
+def load_network(options: argparse.Namespace, config: Config, state: dict[str, Any]) -> tuple[str, nn.Module]:
+    """The network to evaluate and its name: one that the method scores, or any network of the checkpoint.
+
+    Raises:
+        UserError: no network of this name, or one that does not fit the configuration.
+    """
+    method, there = build_method(config, pretrained=False), checkpoint.network_names(state)
+    networks = method.networks()
+    scored = method.scored() if set(networks) <= set(there) else {}
+    name = options.network or next(iter(scored), there[0])
+    if name not in {*scored, *there}:
+        names = ", ".join(dict.fromkeys([*scored, *there]))
+        raise UserError(f"--network {name}: {options.checkpoint} has {names}")
+    if name not in scored:
+        networks = {name: networks.get(name) or build_model(config.net, pretrained=False)}
+    for each, network in networks.items():
+        checkpoint.load_network(network, each, state, options.checkpoint)
+        prepare_network(network, config.trainer)
+    return name, {**networks, **scored}[name].eval()
+
+
 def evaluate(
-    options: argparse.Namespace, config: Config, network: DeepLabV3Plus, protocol: Protocol, about: dict[str, Any]
+    options: argparse.Namespace, config: Config, network: nn.Module, protocol: Protocol, about: dict[str, Any]
 ) -> None:
     """Count on labeled images; print the table, and write what was asked for."""
     lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
     with distributed.process_group() as device:
-        evaluation = Evaluation(config, lists, device, protocol, options.accumulate, options.boundary)
-        matrix = evaluation({about["network"]: network.to(device)})[about["network"]]
+        evaluation = Evaluation(config, lists, device, protocol, options.accumulate)
+        (matrix,) = evaluation({about["network"]: network.to(device)}).values()
     if not distributed.is_main():
         return
-    class_names, found = evaluation.catalog.class_names, figures(matrix, evaluation.catalog.class_names)
-    how = f"{len(lists.val)} images, {protocol}"
+    names, how = evaluation.catalog.class_names, f"{len(lists.val)} images, {protocol}"
     what = "{network} of {checkpoint} (epoch {epoch})".format_map(about)
-    log.info("%s on %s, in percent:\n%s", what, how, format_table(matrix, class_names))
     means = f"mIoU {100 * matrix.miou:.2f}, fwIoU {100 * matrix.fwiou:.2f}"
+    log.info("%s on %s, in percent:\n%s", what, how, format_table(matrix, names))
     log.info("%s (%s, %s)", means, about["network"], how)
     record = about | {"list": config.dataset.val.data_list, "images": len(lists.val)} | protocol.to_dict()
     if options.json is not None:
-        write_json(options.json, record, found)
+        write_json(options.json, record | figures(matrix, names))
     if options.csv is not None:
-        write_csv(options.csv, record, found)
+        write_csv(options.csv, record, figures(matrix, names))
     if options.confusion is not None:
         with replacing(options.confusion) as temporary:
-            confusion_picture(matrix, class_names, f"{means}: {what} on {how}.").save(temporary, "PNG")
+            confusion_picture(matrix, names, f"{means}: {what} on {how}.").save(temporary, "PNG")
     for path in filter(None, (options.json, options.csv, options.confusion)):
         log.info("written: %s", path)
 
 
 def predict(
-    options: argparse.Namespace, config: Config, network: DeepLabV3Plus, protocol: Protocol, about: dict[str, Any]
+    options: argparse.Namespace, config: Config, network: nn.Module, protocol: Protocol, about: dict[str, Any]
 ) -> None:
     """Write predictions of image files.
 
     Raises:
         Incomplete: after all others were written, if files could not be read or would share their outputs.
     """
-    items, problems = find_images(options.images, options.save_dir)
-    count = len(items) + len(problems)
-    log.info("%s of %s (epoch %s) on %d images, %s", *about.values(), len(items), protocol)
+    images, problems = find_images(options.images, options.save_dir)
+    count = len(images) + len(problems)
+    log.info("%s of %s (epoch %s) on %d images, %s", *about.values(), len(images), protocol)
     with distributed.process_group() as device:
-        dataset = config.dataset
-        problems += predict_images(
-            network.to(device),
-            items,
-            Predictor(protocol, device, options.accumulate),
-            Normalise(dataset.mean, dataset.std, device),
-            catalog_of(dataset),
-            options.save_dir,
-            ids=catalog_of(dataset).test_ids if options.cityscapes_ids else None,
-            workers=dataset.workers,
-        )
+        predictor = Predictor(protocol, device, options.accumulate)
+        ids = catalog_of(config.dataset).test_ids if options.cityscapes_ids else None
+        problems += predict_images(network.to(device), images, predictor, config.dataset, options.save_dir, ids)
     if problems and distributed.is_main():
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise Incomplete(f"{len(problems)} of {count} images have no prediction (all others are written):\n{lines}")

@@ -23,7 +23,9 @@ from imas.data.loaders import TrainingData
 from imas.data.normalise import Normalise
 from imas.engine import checkpoint
 from imas.engine.log import last_scores
-from imas.engine.pictures import views_sheet
+from imas.engine.pictures import look_sheet
+from imas.engine.run import to_device
+from imas.methods.base import Progress
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("trainer.epochs=90", "trainer.eval_every=90", "saver.use_tb=false", "saver.auto_resume=true")
@@ -54,21 +56,15 @@ def draw(path: Path, rows: int = 3) -> Image.Image:
     scores = {name: score for name, (epoch, score) in known.items() if epoch == last}
     order = sorted(scores, key=scores.__getitem__)
     names = [order[number * (len(order) - 1) // (rows - 1)] for number in range(rows)]
-    dataset = TrainingData(config, lists, 0, 0, 1).unlabeled.dataset
-    indices = [lists.unlabeled.index(name) for name in names]
-    samples = stacked([dataset[Draw(index, (0, index))] for index in indices])
-    catalog = catalog_of(config.dataset)
-    return views_sheet(
-        method,
-        samples["weak"],
-        samples["strong"],
-        names,
-        Normalise(config.dataset.mean, config.dataset.std, torch.device("cpu")),
-        threshold=config.trainer.unsupervised.threshold,
-        class_names=catalog.class_names,
-        palette=catalog.palette,
-        generator=torch.Generator().manual_seed(0),
-    )
+    data = TrainingData(config, lists, 0, 0, 1)
+    indices = {"labeled": range(rows), "unlabeled": [lists.unlabeled.index(name) for name in names]}
+    sets = {"labeled": data.labeled.dataset, "unlabeled": data.unlabeled.dataset}
+    batch = {part: stacked([sets[part][Draw(i, (0, i))] for i in chosen]) for part, chosen in indices.items()}
+    normalise = Normalise(config.dataset.mean, config.dataset.std)
+    progress = Progress(last, last + 1, len(data) * (last + 1) - 1, len(data), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        columns = method.look(*to_device(batch, normalise, torch.device("cpu")), progress)
+    return look_sheet(columns, names, normalise, catalog_of(config.dataset))
 
 
 def main() -> None:

@@ -91,6 +91,7 @@ def _config(folder: Path, raw: dict, overrides: tuple[str, ...] = ()) -> Config:
 
 def _pascal_config(root: Path, *overrides: str) -> Config:
     raw = {
+        "imas": {},
         "dataset": {
             "type": "pascal",
             "train": {
@@ -102,7 +103,7 @@ def _pascal_config(root: Path, *overrides: str) -> Config:
             "val": {"data_list": str(root / "val.txt")},
             "workers": 0,
         },
-        "trainer": {"epochs": 2, "optimizer": {"kwargs": {"lr": 0.01}}, "unsupervised": {}},
+        "trainer": {"epochs": 2, "optimizer": {"kwargs": {"lr": 0.01}}},
         "net": {"num_classes": 21, "encoder": {"type": "resnet18"}},
     }
     return _config(root, raw, overrides)
@@ -110,6 +111,7 @@ def _pascal_config(root: Path, *overrides: str) -> Config:
 
 def _shapes_config(folder: Path, *overrides: str) -> Config:
     raw = {
+        "imas": {},
         "dataset": {
             "type": "shapes",
             "train": {
@@ -122,7 +124,7 @@ def _shapes_config(folder: Path, *overrides: str) -> Config:
             "shapes": {"size": 32, "labeled": 3, "unlabeled": 9, "val": 4},
             "workers": 0,
         },
-        "trainer": {"epochs": 2, "optimizer": {"kwargs": {"lr": 0.01}}, "unsupervised": {}},
+        "trainer": {"epochs": 2, "optimizer": {"kwargs": {"lr": 0.01}}},
         "net": {"num_classes": 4, "encoder": {"type": "resnet18"}},
     }
     return _config(folder, raw, overrides)
@@ -198,14 +200,13 @@ def test_unlabeled_images_need_no_mask(tmp_path: Path) -> None:
     batches = _batches(TrainingData(config, lists, seed=0, rank=0, world=1), 0, True)
     assert len(batches) == 2
     for batch in batches:
-        assert {key: tuple(value.shape) for key, value in batch.items()} == {
-            "images": (2, 3, 16, 16),
-            "labels": (2, 16, 16),
-            "weak": (2, 3, 16, 16),
-            "index": (2,),
-            "strong": (2, 3, 16, 16),
-        }
-    assert sorted(torch.cat([batch["index"] for batch in batches]).tolist()) == [0, 1, 2, 3]
+        labeled, unlabeled = batch["labeled"], batch["unlabeled"]
+        assert labeled["image"].shape == unlabeled["weak"].shape == (2, 3, 16, 16)
+        assert labeled["label"].shape == (2, 16, 16) and labeled["strong"] == []
+        assert [view.shape for view in unlabeled["strong"]] == [(2, 3, 16, 16)]
+        assert unlabeled["real"].shape == (2, 2)
+    indices = torch.cat([batch["unlabeled"]["index"] for batch in batches])
+    assert sorted(indices.tolist()) == [0, 1, 2, 3]
 
 
 def test_without_unlabeled_no_unlabeled_image_is_read(tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_unlabeled_list_lies_beside_the_labeled_one(tmp_path: Path) -> None:
     assert read_lists(_pascal_config(tmp_path, named)).unlabeled == ["2007_000003"]
     with pytest.raises(UserError, match=r"dataset\.train\.unlabeled_list: missing.*val\.txt"):
         read_lists(_pascal_config(tmp_path, f"dataset.train.data_list={tmp_path / 'val.txt'}"))
-    assert read_lists(_pascal_config(tmp_path, "trainer.unsupervised=null")).unlabeled == []
+    assert read_lists(_pascal_config(tmp_path, "sup_only={}")).unlabeled == []
 
 
 def test_check_lists_every_missing_file_and_compares_n_sup(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -395,7 +396,7 @@ def test_image_and_mask_stay_together(base: int | tuple[int, int]) -> None:
     """Resize, flip, pad and crop move colours and classes alike; the padding is the mean colour and 255."""
     padded = 0
     for seed in range(60):
-        image, mask = weak_view(
+        image, mask, _ = weak_view(
             *_marked(), np.random.default_rng(seed), base=base, scale=(0.5, 2.0), flip=True, crop=(72, 80)
         )
         assert image.size == mask.size == (80, 72)
@@ -414,7 +415,7 @@ def test_padding_lies_at_bottom_and_right_only() -> None:
     """The image keeps the upper left corner, unchanged, however much is padded."""
     for width, height in ((30, 20), (50, 20), (30, 40), (7, 3)):
         image, mask = Image.fromarray(_noise(height, width)), Image.fromarray(np.full((height, width), 5, np.uint8))
-        out, label = weak_view(image, mask, np.random.default_rng(0), crop=(40, 50))
+        out, label, _ = weak_view(image, mask, np.random.default_rng(0), crop=(40, 50))
         expected = np.broadcast_to(np.array((123, 116, 103), dtype=np.uint8), (40, 50, 3)).copy()
         expected[:height, :width] = np.asarray(image)
         np.testing.assert_array_equal(np.asarray(out), expected)
@@ -424,7 +425,7 @@ def test_padding_lies_at_bottom_and_right_only() -> None:
 
 
 def test_the_mask_is_padded_with_the_ignore_label() -> None:
-    _, label = weak_view(
+    _, label, _ = weak_view(
         Image.new("RGB", (2, 2)), Image.new("L", (2, 2)), np.random.default_rng(0), crop=(3, 2), ignore_index=254
     )
     assert np.asarray(label).tolist() == [[0, 0], [0, 0], [254, 254]]
@@ -460,7 +461,7 @@ def test_pair_base_draws_one_factor_for_both_sides() -> None:
 def test_weak_view_resizes_bilinearly_and_masks_to_the_nearest() -> None:
     """One possible size, compared with Pillow's own calls."""
     image, mask = _marked()
-    out, label = weak_view(image, mask, np.random.default_rng(0), base=60, scale=(1, 1))
+    out, label, _ = weak_view(image, mask, np.random.default_rng(0), base=60, scale=(1, 1))
     np.testing.assert_array_equal(np.asarray(out), np.asarray(image.resize((60, 40), Image.Resampling.BILINEAR)))
     np.testing.assert_array_equal(np.asarray(label), np.asarray(mask.resize((60, 40), Image.Resampling.NEAREST)))
 
@@ -469,7 +470,7 @@ def test_half_of_the_views_are_flipped() -> None:
     image, mask = _marked()
     flips = 0
     for seed in range(400):
-        out, label = weak_view(image, mask, np.random.default_rng(seed), flip=True)
+        out, label, _ = weak_view(image, mask, np.random.default_rng(seed), flip=True)
         flipped = np.asarray(label)[0, 0] == 5
         reference = (ImageOps.mirror(image), ImageOps.mirror(mask)) if flipped else (image, mask)
         assert (out.tobytes(), label.tobytes()) == (reference[0].tobytes(), reference[1].tobytes())
@@ -486,7 +487,7 @@ def test_windows_are_uniform_over_all_positions() -> None:
     rng = np.random.default_rng(0)
     corners = Counter()
     for _ in range(960):
-        out, label = weak_view(image, mask, rng, crop=(7, 5))
+        out, label, _ = weak_view(image, mask, rng, crop=(7, 5))
         top, left = divmod(int(np.asarray(label)[0, 0]), 12)
         np.testing.assert_array_equal(np.asarray(out), np.asarray(image)[top : top + 7, left : left + 5])
         corners[top, left] += 1
@@ -496,7 +497,7 @@ def test_windows_are_uniform_over_all_positions() -> None:
 
 def test_center_windows_are_in_the_middle() -> None:
     image = Image.fromarray(_noise(10, 12))
-    out, _ = weak_view(image, None, np.random.default_rng(0), crop=(6, 4), crop_type="center")
+    out, _, _ = weak_view(image, None, np.random.default_rng(0), crop=(6, 4), crop_type="center")
     np.testing.assert_array_equal(np.asarray(out), np.asarray(image)[2:8, 4:8])
 
 
@@ -505,8 +506,8 @@ def test_the_draws_are_the_same_with_and_without_a_mask() -> None:
     options = {"base": 96, "scale": (0.5, 2.0), "flip": True, "crop": (72, 80)}
     for seed in range(30):
         with_mask, without = np.random.default_rng(seed), np.random.default_rng(seed)
-        first, _ = weak_view(image, mask, with_mask, **options)
-        second, none = weak_view(image, None, without, **options)
+        first, _, _ = weak_view(image, mask, with_mask, **options)
+        second, none, _ = weak_view(image, None, without, **options)
         assert none is None
         assert first.tobytes() == second.tobytes()
         assert with_mask.random() == without.random()
@@ -637,11 +638,30 @@ def test_strong_view_is_the_weak_crop_with_other_colours(tmp_path: Path, monkeyp
     _save(tmp_path / "JPEGImages" / "a.jpg", _noise(20, 24))
     geometry = Geometry(base=24, scale=(0.5, 2.0), flip=True, crop=(16, 16), crop_type="rand", ignore_index=255)
     monkeypatch.setattr(strong, "OPERATIONS", {"invert": OPERATIONS["invert"]})
-    data = UnlabeledSet(_pascal(tmp_path), ["a"], geometry, num_augs=1)
+    data = UnlabeledSet(_pascal(tmp_path), ["a"], geometry, strong=1, num_augs=1)
     for seed in range(10):
         sample = data[Draw(0, (seed,))]
-        assert (sample["weak"].int() + sample["strong"].int() == 255).all()
-    assert "strong" not in UnlabeledSet(_pascal(tmp_path), ["a"], geometry)[Draw(0, (0,))]
+        assert (sample["weak"].int() + sample["strong"][0].int() == 255).all()
+    assert UnlabeledSet(_pascal(tmp_path), ["a"], geometry)[Draw(0, (0,))]["strong"] == []
+
+
+def test_several_strong_views_are_drawn_independently(tmp_path: Path) -> None:
+    _save(tmp_path / "JPEGImages" / "a.jpg", _noise(20, 24))
+    data = UnlabeledSet(_pascal(tmp_path), ["a"], WHOLE, strong=2, num_augs=2)
+    pairs = [data[Draw(0, (seed,))]["strong"] for seed in range(10)]
+    assert all(len(pair) == 2 for pair in pairs) and any(not torch.equal(*pair) for pair in pairs)
+
+
+def test_padding_is_known_on_the_device(tmp_path: Path) -> None:
+    """An image of 20×24 in a crop of 32×30: the rest is padding, at the bottom and at the right."""
+    _save(tmp_path / "JPEGImages" / "a.jpg", _noise(20, 24))
+    data = UnlabeledSet(_pascal(tmp_path), ["a"], WHOLE._replace(crop=(32, 30)))
+    batch = {"labeled": stacked([{"image": torch.zeros(3, 4, 4), "label": torch.zeros(4, 4), "strong": []}])}
+    batch["unlabeled"] = stacked([data[Draw(0, (0,))]])
+    _, unlabeled = to_device(batch, lambda images: images.float(), torch.device("cpu"))
+    expected = torch.zeros(1, 32, 30, dtype=torch.bool)
+    expected[:, :20, :24] = True
+    assert torch.equal(unlabeled.valid, expected)
 
 
 # Sampling
@@ -728,9 +748,9 @@ def test_a_last_batch_of_one_image_is_left_out() -> None:
 def test_sup_only_of_a_config_keeps_the_short_batch_on_pascal(tmp_path: Path) -> None:
     """Five images in batches of two or three: one pass over the list, none of them twice."""
     _pascal_tree(tmp_path, labeled=5, val=1)
-    config = _pascal_config(tmp_path, "trainer.unsupervised=null", "dataset.train.batch_size=3")
+    config = _pascal_config(tmp_path, "sup_only={}", "dataset.train.batch_size=3")
     data = TrainingData(config, read_lists(config), seed=0, rank=0, world=1)
-    assert [len(batch["images"]) for batch in _batches(data, 0, False)] == [3, 2]
+    assert [len(batch["labeled"]["image"]) for batch in _batches(data, 0, False)] == [3, 2]
     assert sorted(draw.index for draws in data.labeled_sampler for draw in draws) == [0, 1, 2, 3, 4]
 
 
@@ -878,7 +898,7 @@ def test_accumulated_batches_are_those_of_a_run_without(tmp_path: Path) -> None:
 def test_sup_only_keeps_a_short_last_update_on_pascal(tmp_path: Path) -> None:
     """Eight images in batches of two, three batches an update: the last update has one."""
     _pascal_tree(tmp_path, labeled=8, val=1)
-    config = _pascal_config(tmp_path, "trainer.unsupervised=null", "trainer.accumulate=3")
+    config = _pascal_config(tmp_path, "sup_only={}", "trainer.accumulate=3")
     data = TrainingData(config, read_lists(config), seed=0, rank=0, world=1)
     assert [len(update) for update in data.epoch(0, False)] == [3, 1] and len(data) == 2
 
@@ -899,7 +919,7 @@ def test_too_few_images_for_one_batch_are_explained(tmp_path: Path) -> None:
 def test_every_validation_image_is_seen_once_over_all_ranks(tmp_path: Path, world: int) -> None:
     """Whole and unchanged, sizes mixed, also where the ranks do not divide them or outnumber them."""
     _pascal_tree(tmp_path, labeled=1, val=3, sizes=True)
-    config = _pascal_config(tmp_path, "trainer.unsupervised=null", "dataset.val.batch_size=2")
+    config = _pascal_config(tmp_path, "sup_only={}", "dataset.val.batch_size=2")
     names = read_lists(config).val
     seen = Counter()
     for rank in range(world):

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from imas import ConfusionMatrix, build_model, poly_lr, predict_sliding
+from imas.data.catalog import Catalog
 from imas.data.dataset import EvaluationSet
 from imas.data.loaders import evaluation_batches
 from imas.data.source import ShapesSource, shapes_names
@@ -20,7 +21,7 @@ from imas.engine.evaluate import evaluate, figures, format_table
 from imas.engine.log import RunLog
 from imas.engine.meter import Meter, NonFiniteLoss
 from imas.engine.optim import build_optimizer, cosine_lr, learning_rate
-from imas.engine.pictures import _fitted, prediction_sheet
+from imas.engine.pictures import _fitted, prediction_sheet, spread
 from imas.engine.sliding import Predictor, Protocol
 from imas.errors import UserError
 from imas.schema import Optimizer, OptimizerKwargs, Scheduler, SchedulerKwargs
@@ -45,7 +46,7 @@ def test_cosine_and_milestones() -> None:
 
 @pytest.mark.parametrize("kind", ["SGD", "adam"])
 def test_two_learning_rates(kind: str) -> None:
-    groups = [{"name": name, "params": [nn.Parameter(torch.zeros(1))]} for name in ("encoder", "heads")]
+    groups = [{"name": name, "part": name, "params": [nn.Parameter(torch.zeros(1))]} for name in ("encoder", "heads")]
     options = Optimizer(OptimizerKwargs(lr=0.001, weight_decay=0.1), kind, head_lr_times=10.0)
     optimizer = build_optimizer(groups, options)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001, 0.01])
@@ -226,11 +227,16 @@ def test_prediction_sheet_shows_every_network() -> None:
 
     sheet = prediction_sheet(
         {"teacher": Always(1), "student": Always(3)}, dataset, lambda images: images / 255.0,
-        predictor=Predictor(Protocol(40), torch.device("cpu")),
-        class_names=("a", "b", "c", "d"), palette=((0, 0, 0), red, (0, 255, 0), blue),
+        Predictor(Protocol(40), torch.device("cpu")),
+        Catalog(("a", "b", "c", "d"), ((0, 0, 0), red, (0, 255, 0), blue)), count=2,
     )  # fmt: skip
+    assert sheet.height == 2 * 260 + 40  # titles, two images of the list, a line of classes
     assert sheet.getpixel((2 * 260 + 100, 150)) == red
     assert sheet.getpixel((3 * 260 + 100, 150)) == blue
+
+
+def test_pictures_are_spread_over_a_list() -> None:
+    assert [spread(12, 4), spread(2, 6), spread(0, 6)] == [[0, 3, 6, 9], [0, 1], []]
 
 
 def test_a_tile_is_at_least_a_pixel_high() -> None:

@@ -1,4 +1,4 @@
-"""Windows, views and bounded memory; boundary IoU; ``eval.py`` with its options, and without ground truth."""
+"""Windows, views and bounded memory; ``eval.py`` with its options, and without ground truth."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import eval as script
-from imas import ConfusionMatrix, build_model, load_config, predict_sliding
+from imas import build_model, load_config, predict_sliding
 from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, voc_palette
 from imas.data.shapes import CLASS_NAMES
 from imas.engine.predict import find_images
 from imas.engine.sliding import Predictor, Protocol, labels, labels_and_confidence, protocol_bands
 from imas.errors import UserError
-from imas.ops.metrics import BoundaryIoU
+from imas.methods import METHODS
 
 
 def _network(classes: int = 5) -> nn.Module:
@@ -163,51 +163,6 @@ def test_a_large_image_stays_within_the_bound() -> None:
     assert float(rise) * 2**20 < bound < (12 + 4 * 8) * 24e6  # the last: what the whole map would need, with the image
 
 
-# Boundary IoU
-
-
-def test_boundary_iou_by_hand() -> None:
-    """A 2 % band of a 60 × 60 image is 2 pixels wide; the square of class 1 is predicted one pixel too far right."""
-    target = torch.zeros(1, 60, 60, dtype=torch.int64)
-    target[:, 20:40, 20:40] = 1
-    predicted = target.roll(1, dims=2)
-    counts = BoundaryIoU(3, 255, "cpu")
-    counts.update(predicted.byte(), target)
-    # Rings of 2 pixels around 20 × 20: 400 - 16² = 144 each. Common: rows 2·2·19, and of 16 rows one column each side.
-    common = 2 * 2 * 19 + 16 * 2
-    assert counts.iou[1].item() == pytest.approx(common / (2 * 144 - common))
-    assert counts.iou[2].isnan() and 0 < counts.iou[0] < 1
-    assert counts.mean == pytest.approx(counts.iou[:2].mean().item())
-    counts = BoundaryIoU(3, 255, "cpu")
-    counts.update(target, target)
-    assert counts.mean == 1
-    target[:, :, 30:] = 255  # a wrong half that does not count
-    counts.update(torch.where(target == 255, 2, target), target)
-    assert counts.mean == 1
-
-
-@pytest.mark.parametrize(("classes", "ignore"), [(3, 255), (3, 3), (19, 255), (21, 255)])
-def test_boundary_iou_equals_a_slow_twin(classes: int, ignore: int) -> None:
-    rng = torch.Generator().manual_seed(0)
-    coarse = [torch.randint(0, classes, (1, 1, 6, 8), generator=rng).float() for _ in range(2)]
-    coarse[1] = torch.where(torch.rand(1, 1, 6, 8, generator=rng) < 0.5, *coarse)
-    target, predicted = (F.interpolate(part, (60, 81)).long()[0] for part in coarse)
-    target[0, 25:33, 10:50] = ignore
-    matrix = ConfusionMatrix(classes, ignore, boundary=True)
-    matrix.update(predicted, target)
-    radius, found = round(0.02 * math.hypot(60, 81)), []
-    valid = (target != ignore)[0]
-    for number in range(classes):  # erosion of each class's mask, as the paper has it
-        bands = []
-        for labels_ in (predicted, target):
-            mask = ((labels_[0] == number) & valid).float()
-            outside = F.max_pool2d(F.pad(1 - mask, (radius,) * 4, value=1)[None], 2 * radius + 1, stride=1)[0]
-            bands.append((mask * outside).bool())
-        absent = not bands[1].any()
-        found.append(math.nan if absent else ((bands[0] & bands[1]).sum() / (bands[0] | bands[1]).sum()).item())
-    assert matrix.boundary.iou.tolist() == pytest.approx(found, nan_ok=True)
-
-
 # eval.py
 
 
@@ -235,7 +190,7 @@ def _main(*words: str | Path) -> None:
 def test_every_output_stands_beside_its_protocol(trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     checkpoint = trained()
     out = {name: tmp_path / f"out.{name}" for name in ("json", "csv", "png")}
-    words = ("--json", out["json"], "--csv", out["csv"], "--confusion", out["png"], "--boundary")
+    words = ("--json", out["json"], "--csv", out["csv"], "--confusion", out["png"])
     _main("--checkpoint", checkpoint, "--flip", "--scales", "0.5", "1", *words)
     shown = capsys.readouterr().out
     assert "(teacher, 5 images, windows of 48, stride 32, flip, scales 0.5 1)" in shown
@@ -248,7 +203,6 @@ def test_every_output_stands_beside_its_protocol(trained, tmp_path: Path, capsys
     assert [row["class"] for row in rows] == [*CLASS_NAMES, "mean", "by frequency"]
     assert all(row["images"] == "5" and row["scales"] == "0.5 1.0" for row in rows)
     assert float(rows[-2]["iou"]) == figures["miou"] and float(rows[-1]["iou"]) == figures["fwiou"]
-    assert float(rows[-2]["boundary_iou"]) == figures["mean_boundary_iou"]
     assert float(rows[0]["pixels"]) == figures["pixels"]["background"]
     assert min(Image.open(out["png"]).size) > 300
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.json", "out.png", "run"]
@@ -264,6 +218,40 @@ def test_any_list_and_the_authors_checkpoints(trained, tmp_path: Path, capsys: p
     assert (figures["images"], figures["window"], figures["list"]) == (2, None, str(tmp_path / "some.txt"))
     with pytest.raises(UserError, match="carries no configuration.*--config"):
         _main("--checkpoint", checkpoint)
+
+
+class _Mean(nn.Module):
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return sum(network(images)[0] for network in self.networks) / len(self.networks)
+
+
+def test_any_network_of_the_method_or_the_checkpoint(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default is the network that selects the best checkpoint; a mean of several needs all of them."""
+    checkpoint, out = trained(), tmp_path / "out.json"
+    method = METHODS[load_config(checkpoint.with_name("config.yaml")).method]
+    monkeypatch.setattr(method, "scored", lambda self: {"mean": _Mean(*self.networks().values())})
+
+    def evaluated(path: Path, *words: str) -> tuple[str, float]:
+        _main("--checkpoint", path, "--json", out, *words)
+        return json.loads(out.read_text())["network"], json.loads(out.read_text())["miou"]
+
+    found = dict(evaluated(checkpoint, *words) for words in ((), ("--network", "student"), ("--network", "teacher")))
+    assert len({*found.values()}) == 3 and list(found) == ["mean", "student", "teacher"]
+    state = torch.load(checkpoint)
+    state["teacher_state"] = state["model_state"]
+    torch.save(state, checkpoint)
+    assert evaluated(checkpoint) == ("mean", pytest.approx(found["student"]))
+    with pytest.raises(UserError, match="--network nobody: .*ckpt.pth has mean, student, teacher"):
+        evaluated(checkpoint, "--network", "nobody")
+    del state["teacher_state"]
+    torch.save(state, checkpoint)
+    assert evaluated(checkpoint) == ("student", found["student"])
+    with pytest.raises(UserError, match="--network mean: .*ckpt.pth has student"):
+        evaluated(checkpoint, "--network", "mean")
 
 
 FOLDER = {"type": "folder", "folder": {"class_names": list("abcd")}, "val": {"crop": {"size": 48}}, "workers": 0}
@@ -362,7 +350,7 @@ def test_names_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
 
     def names(*words: str, save_dir: str = "out") -> list[str]:
-        return sorted(str(item.name) for item in find_images(words, Path(save_dir))[0])
+        return sorted(map(str, find_images(words, Path(save_dir))[0]))
 
     everything = ["a", "grey", "sixteen", "sub/alpha", "sub/cmyk", "turned"]
     assert names("photos") == names(f"{tmp_path}/photos") == names("photos/**/*.*") == everything
@@ -392,7 +380,7 @@ def test_names_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (["--confusion", "{0}/o.jpg"], r"--confusion .*o\.jpg: expected a name that ends in \.png"),
         (["--list", "{0}/none.txt"], r"none\.txt: cannot read the list"),
         (["--root", "{0}"], "--root: the data set shapes has no folder"),
-        (["--set", "net.num_classes=five"], "ckpt.pth: net.num_classes: expected an integer"),
+        (["--set", "net.num_classes=five"], "--set: net.num_classes: expected an integer"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

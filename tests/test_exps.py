@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from first_step import progress
 from PIL import Image
 
 from imas import load_config
@@ -24,7 +25,6 @@ from imas.data.normalise import Normalise
 from imas.engine.fit import to_device
 from imas.engine.optim import build_optimizer, learning_rate, lr_factor, total_batch
 from imas.errors import ConfigError
-from imas.methods.base import Progress
 from imas.schema import Config
 
 CONFIGS = sorted((ROOT / "exps").glob("*/*.yaml"))
@@ -65,7 +65,7 @@ def _leaves(section: dict) -> list[tuple[dict, str]]:
 def _kind(path: Path) -> str:
     config = load_config(path)
     train = dataclasses.replace(config.dataset.train, data_list=None, unlabeled_list=None, batch_size=2)
-    return repr((dataclasses.replace(config.dataset, train=train, n_sup=None), config.net, config.criterion))
+    return repr((dataclasses.replace(config.dataset, train=train, n_sup=None), config.net, config.criterion, config.options))
 
 
 KINDS = list({_kind(path): path for path in CONFIGS}.values())
@@ -79,10 +79,10 @@ def test_shipped_experiments_step(path: Path, tmp_path: Path) -> None:
         config = load_config(path, _small_tree(tmp_path, config))
     data = TrainingData(config, read_lists(config), seed=0, rank=0, world=1)
     method = build_method(config).train()
-    epoch = config.trainer.sup_only_epoch
+    epoch = config.trainer.epochs - 1  # after any warm-up
     (tensors,) = next(data.epoch(epoch, method.needs_unlabeled(epoch)))
     batch = to_device(tensors, Normalise(config.dataset.mean, config.dataset.std), torch.device("cpu"))
-    step = method(batch, Progress(epoch, epoch * len(data), len(data), torch.Generator().manual_seed(0)))
+    step = method(*batch, progress(epoch, epoch * len(data), len(data), epochs=config.trainer.epochs))
     step.loss.backward()
     assert step.loss.isfinite()
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
@@ -116,7 +116,7 @@ def _small_tree(root: Path, config: Config) -> list[str]:
 def _lists(config: Config) -> Lists:
     """Names as many as the published lists have."""
     labeled, total = config.dataset.n_sup, TRAIN_IMAGES[config.dataset.type]
-    unlabeled = 0 if config.trainer.unsupervised is None else total - labeled
+    unlabeled = total - labeled if config.wants.unlabeled else 0
     return Lists([f"{i}" for i in range(labeled)], [f"{i}" for i in range(labeled, labeled + unlabeled)], ["0"])
 
 
@@ -149,14 +149,14 @@ def test_recipes_repeat_the_published_logs(log: dict) -> None:
         "poly_power": trainer.lr_scheduler.kwargs.power,
         "optimizer": {**dataclasses.asdict(trainer.optimizer.kwargs), "type": trainer.optimizer.type},
     }
-    if trainer.unsupervised is not None:
+    if config.method == "imas":
         ours |= {
-            "ema_decay": net.ema_decay,
-            "threshold": trainer.unsupervised.threshold,
-            "unsupervised_loss_weight": trainer.unsupervised.loss_weight,
-            "cutmix_range": list(trainer.unsupervised.use_cutmix_range),
+            "ema_decay": config.options.ema_decay,
+            "threshold": config.options.threshold,
+            "unsupervised_loss_weight": config.options.loss_weight,
+            "cutmix_range": list(config.options.use_cutmix_range),
             "num_augs": train.strong_aug.num_augs,
-            "ignore_background": train.hardness_aware.ignore_background,
+            "ignore_background": config.options.hardness.ignore_background,
         }
     assert {key: log.get(key) for key in ours} == ours
     assert total_batch(config, log["gpus"]) == trainer.reference_batch

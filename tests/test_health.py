@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import TINY, run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
 import train_semi
 from imas.config import load_config
+from imas.data.catalog import Catalog
 from imas.data.normalise import Normalise
 from imas.engine.health import Health
 from imas.engine.log import RunLog
 from imas.engine.meter import Clock, Meter
-from imas.engine.pictures import views_sheet
-from imas.methods.base import Mixed, Views
-from imas.ops.hardness import Hardness
-from imas.ops.pseudo import Prediction
+from imas.engine.pictures import look_sheet
 
 CLASSES = ("ground", "road", "roof")
 HEALTHY = {"seconds": 1.0, "seconds_waiting": 0.1, "score": 0.6, "agreement": 0.9}
@@ -35,7 +33,7 @@ LASTING = 5  # epochs, where an epoch has ten iterations or more
 @pytest.fixture
 def health(experiment: Callable[..., Path]) -> Callable[..., Health]:
     config = load_config(experiment())
-    return lambda length=10, rows=(): Health(config, length, CLASSES, rows)
+    return lambda length=10, rows=(): Health(config, length, CLASSES, "miou_tea", rows)
 
 
 @pytest.mark.parametrize(
@@ -56,16 +54,62 @@ def test_each_thing_is_said_once_when_it_has_lasted(health, changes: dict, words
     said = [patient.look(HEALTHY | changes) for _ in range(3 * LASTING)]
     assert said[: LASTING - 1] == [[]] * (LASTING - 1)
     (warning,) = said[LASTING - 1]
-    assert words in warning and "may help" in warning or "num_augs" in warning
+    assert words in warning and "may help" in warning
     assert said[LASTING:] == [[]] * (2 * LASTING)
 
 
 def test_a_fall_of_the_selecting_network_is_said_at_once(health) -> None:
     patient = health()
-    assert patient.look(HEALTHY | {"miou_stu": 50.0, "miou_tea": 57.0, "best": 65.0}) == []
-    (warning,) = patient.look(HEALTHY | {"miou_stu": 64.0, "miou_tea": 54.9, "best": 65.0})
-    assert "mIoU has fallen to 54.9 from 65.0" in warning
-    assert patient.look(HEALTHY | {"miou_stu": 64.0, "miou_tea": 40.0, "best": 65.0}) == []
+    mious = [(50.0, 57.0), (51.0, 65.0), (52.0, 60.0), (64.0, 54.9), (64.0, 40.0)]
+    said = [
+        patient.look(HEALTHY | {"epoch": 2 * epoch, "miou_stu": student, "miou_tea": teacher})
+        for epoch, (student, teacher) in enumerate(mious)
+    ]
+    assert said[:3] == [[]] * 3 and said[4] == []
+    (warning,) = said[3]
+    assert "mIoU has fallen to 54.9 from 65.0" in warning and "10.1 points lost since the best epoch, 2." in warning
+
+
+@pytest.mark.parametrize(
+    ("dead", "words"),
+    [
+        ({"iou/road": 0.2, "iou/roof": 12.0}, "IoU 0.2 after 43.2"),
+        ({"predicted/road": 0.0006}, "0.06 % of the pseudo labels, 30.0 % of the labels"),
+    ],
+)
+def test_the_first_class_to_die_is_named_at_once(health, dead: dict, words: str) -> None:
+    patient = health()
+    alive = {"iou/road": 43.2, "iou/roof": 12.0, "miou_tea": 50.0}
+    assert patient.look(HEALTHY | alive | {"epoch": 0}) == patient.look(HEALTHY | {"epoch": 1}) == []
+    (warning,) = patient.look(HEALTHY | {"epoch": 2} | dead)
+    assert warning.startswith(f"the first class to die is road in epoch 2 (road: {words}): a longer")
+    (fall,) = patient.look(HEALTHY | dead | {"epoch": 3, "iou/roof": 0.0, "miou_tea": 30.0})
+    assert "20.0 points lost since the best epoch, 0; the first class to die was road in epoch 2." in fall
+
+
+def test_a_class_that_never_lived_does_not_die(health) -> None:
+    patient = health()
+    for epoch, (share, iou) in enumerate([(0.001, 0.0), (0.05, 9.0), (0.0, 0.0)]):
+        assert patient.look(HEALTHY | {"epoch": epoch, "predicted/roof": share, "iou/roof": iou}) == []
+
+
+def test_advice_is_of_options_that_the_method_has(experiment: Callable[..., Path]) -> None:
+    config = load_config(experiment())
+    silent = HEALTHY | {"confident/roof": 0.0}
+    for method, options, advice in (
+        (config.method, config.options, f"a lower {config.method}.threshold (now 0.25), a longer"),
+        ("other", object(), "teach it: more labeled images of it may help"),
+    ):
+        patient = Health(dataclasses.replace(config, method=method, options=options), 10, CLASSES, "miou")
+        said = [warning for _ in range(LASTING) for warning in patient.look(silent)]
+        assert len(said) == 1 and advice in said[0]
+
+
+def test_a_method_without_scores_is_judged_by_its_pixels(health) -> None:
+    patient = health()
+    said = [patient.look({"pseudo": 0.001, "seconds": 1.0, "seconds_waiting": 0.0}) for _ in range(2 * LASTING)]
+    assert [len(warnings) for warnings in said] == [0] * (LASTING - 1) + [1] + [0] * LASTING
+    assert "the share of pixels that pass the threshold has been 0 for 5 epochs" in said[LASTING - 1][0]
 
 
 def test_health_is_silent_where_all_is_well_or_a_bad_epoch_passes(health) -> None:
@@ -109,12 +153,8 @@ def test_a_run_that_goes_on_does_not_repeat_itself(health) -> None:
 def test_a_collapsing_run_says_so_and_shows_itself(experiment: Callable[..., Path]) -> None:
     """Without warm-up and with ten times the unsupervised loss everything becomes background (design/shapes.md)."""
     config = experiment(
-        trainer={
-            "epochs": 14,
-            "eval_every": 14,
-            "optimizer": {"kwargs": {"lr": 0.3}},
-            "unsupervised": {"threshold": 0.3, "loss_weight": 10.0, "use_cutmix": True},
-        }
+        trainer={"epochs": 14, "eval_every": 14, "optimizer": {"kwargs": {"lr": 0.3}}},
+        imas=TINY["imas"] | {"threshold": 0.3, "loss_weight": 10.0, "sup_only_epoch": 0},
     )
     trained = run("train_semi.py", "--config", config, "--set", "saver.pictures_every=7")
     assert trained.returncode == 0, trained.stderr
@@ -196,31 +236,23 @@ def test_clock_counts_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.means() == {"seconds": 5.0, "seconds_waiting": 2.0}
 
 
-class _Fixed(nn.Module):
-    """The left half is sure and agreed upon; in the right half nobody is sure, and student and teacher differ."""
-
-    def views(self, weak, strong, generator, *, always_mix):
-        assert always_mix
-        right = torch.zeros(weak.shape[0], *weak.shape[-2:], dtype=torch.int64)
-        right[..., right.shape[-1] // 2 :] = 1
-        sure = 0.9 - 0.5 * right
-        teacher = Prediction(torch.ones_like(right), sure)
-        hardness = Hardness(torch.tensor([0.25]), torch.tensor([0.5]), torch.tensor([0.5]))
-        return Views(Prediction(1 + right, sure), teacher, teacher, hardness, strong, Mixed(weak, teacher))
-
-
-def test_views_sheet_greys_the_unsure_and_reddens_disagreement() -> None:
-    weak = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
+def test_a_look_shows_images_labels_marks_and_numbers() -> None:
+    normalise, grey, red = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), (224, 224, 224), (200, 30, 30)
     blue, green = (0, 0, 255), (0, 255, 0)
-    sheet = views_sheet(
-        _Fixed(), weak, weak // 2, ["a"], Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), threshold=0.8,
-        class_names=("x", "y", "z"), palette=((0, 0, 0), blue, green), generator=torch.Generator(),
-    )  # fmt: skip
-    left, right = (
-        (lambda column: sheet.getpixel((4 + column * 260 + 60, 150))),
-        (lambda column: sheet.getpixel((4 + column * 260 + 200, 150))),
-    )
-    assert [left(column) for column in range(6)] == [
-        (200,) * 3, (100,) * 3, (200,) * 3, blue, blue, (224, 224, 224),
-    ]  # fmt: skip
-    assert [right(column) for column in (3, 4, 5)] == [(224, 224, 224), green, (200, 30, 30)]
+    right = torch.zeros(1, 32, 32, dtype=torch.bool)
+    right[..., 16:] = True
+    look = {
+        "view": normalise(torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)),
+        "score": torch.tensor([0.25]),
+        "label": torch.where(right, 255, 1),
+        "student": 1 + right.long(),
+        "differ": right,
+    }
+    catalog = Catalog(("x", "y", "z"), ((0, 0, 0), blue, green))
+    sheet = look_sheet(look, ["a"], normalise, catalog)
+    assert [sheet.getpixel((4 + column * 260 + 60, 150)) for column in range(4)] == [(200,) * 3, blue, blue, grey]
+    assert [sheet.getpixel((4 + column * 260 + 200, 150)) for column in range(4)] == [(200,) * 3, grey, green, red]
+    assert sheet.width == 4 * 260 + 4  # a number is no column
+    captions = [look_sheet(look, [text], normalise, catalog).crop((0, 20, 200, 36)).tobytes() for text in "ab"]
+    assert captions[0] != captions[1]
+    assert look_sheet({"score": torch.tensor([0.25])}, ["a"], normalise, catalog) is None

@@ -13,7 +13,8 @@ import pytest
 import torch
 import torchvision
 import yaml
-from conftest import ROOT, TINY, run, run_ranks
+from conftest import ROOT, run, run_ranks
+from first_step import progress
 from torch import nn
 
 from imas import build_model, load_config
@@ -24,7 +25,7 @@ from imas.data.splits import digest
 from imas.engine import checkpoint, memory
 from imas.engine.optim import build_optimizer, explain_batch
 from imas.errors import UserError
-from imas.methods.base import Batch, Progress
+from imas.methods.base import Labeled
 from imas.models.pretrained import load_encoder
 from imas.models.resnet import ResNet
 
@@ -223,24 +224,19 @@ def test_a_newcomers_first_start_says_what_is_missing_and_how_to_get_it(tmp_path
 
 def test_accumulated_gradients_are_those_of_one_batch(experiment: Experiment) -> None:
     """SupOnly with frozen statistics: two batches of two, averaged, equal one of four."""
-    config = load_config(experiment(trainer=TINY["trainer"] | {"unsupervised": None}, dataset=_labeled_only()))
+    config = load_config(experiment(), ["sup_only={}", "dataset.train.strong_aug=null"])
     method = build_method(config).eval()
     tensors = next(TrainingData(config, read_lists(config), 0, 0, 1).epoch(0, False))[0]
-    images, labels = tensors["images"].float() / 255, tensors["labels"].long()
+    images, labels = tensors["labeled"]["image"].float() / 255, tensors["labeled"]["label"].long()
 
     def gradients(parts: int) -> list[torch.Tensor]:
         method.zero_grad()
         for x, y in zip(images.chunk(parts), labels.chunk(parts)):
-            (method(Batch(x, y), Progress(0, 0, 1, torch.Generator())).loss / parts).backward()
+            (method(Labeled(x, y), None, progress()).loss / parts).backward()
         return [parameter.grad.clone() for parameter in method.parameters() if parameter.grad is not None]
 
     labels[labels == 255] = 0  # as many valid pixels in every part
     assert all(map(partial(torch.allclose, rtol=1e-4, atol=1e-6), gradients(1), gradients(2)))
-
-
-def _labeled_only() -> dict:
-    train = {"batch_size": 4, "flip": True}
-    return TINY["dataset"] | {"train": train}
 
 
 def test_a_run_that_accumulates_has_fewer_updates_and_says_so(experiment: Experiment) -> None:
@@ -279,7 +275,7 @@ def test_accumulation_on_two_ranks(experiment: Experiment) -> None:
 
 def test_scaled_rates_reach_both_groups() -> None:
     config = load_config(ROOT / "exps" / "pascal_imas662_r50_os16" / "config.yaml")
-    groups = [{"name": name, "params": [nn.Parameter(torch.zeros(1))]} for name in ("encoder", "heads")]
+    groups = [{"name": name, "part": name, "params": [nn.Parameter(torch.zeros(1))]} for name in ("encoder", "heads")]
     rates = [group["base_lr"] for group in build_optimizer(groups, config.trainer.optimizer, 0.5).param_groups]
     assert rates == pytest.approx([0.0005, 0.005])
 
@@ -317,6 +313,8 @@ def test_digests_do_not_depend_on_the_order() -> None:
 def test_old_words_are_translated_in_one_line(experiment: Experiment) -> None:
     config = experiment()
     raw = yaml.safe_load(config.read_text())
+    del raw["imas"]
+    raw["trainer"] |= {"sup_only_epoch": 1, "unsupervised": {"threshold": 0.25}}
     raw["dataset"]["train"]["hardness_aware"] = {"flag_using_v1": True, "flag_augs_mixup_by_hard": True}
     raw["net"]["encoder"]["type"] = "imas.models.resnet.resnet18"
     config.write_text(yaml.safe_dump(raw))
@@ -326,7 +324,8 @@ def test_old_words_are_translated_in_one_line(experiment: Experiment) -> None:
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     (line,) = [line for line in trained.stdout.splitlines() if "translated: " in line]
-    assert "flag_using_v1 → version: 1" in line and "resnet18" in line and "flag_augs_mixup_by_hard → blend" in line
+    assert "flag_using_v1 → imas.hardness.version: 1" in line and "resnet18" in line
+    assert "flag_augs_mixup_by_hard → imas.hardness.blend" in line and "trainer.sup_only_epoch → imas.sup_only" in line
 
 
 def test_check_prints_the_recipe_and_writes_nothing(experiment: Experiment) -> None:

@@ -24,7 +24,7 @@ from imas import ohem_cross_entropy
 from imas.build import build_method
 from imas.config import load_config
 from imas.engine import checkpoint, memory, precision
-from imas.engine.optim import build_optimizer
+from imas.engine.optim import build_optimizer, param_groups
 from imas.errors import ConfigError, UserError
 from imas.methods.base import Batch, Method, Progress, Step
 from imas.ops.counting import count
@@ -160,14 +160,14 @@ def test_momentum_takes_on_the_memory_layout_of_its_weights(tiny, tmp_path: Path
     for word in ("channels_last=true", "channels_last=false"):
         config = tiny()
         method, _ = _step(config)
-        optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer)
+        optimizer = build_optimizer(param_groups(method.trained()), config.trainer.optimizer)
         optimizer.step()
-        state = {**checkpoint.network_states(method.networks()), "optimizer_state": optimizer.state_dict(), "epoch": 1}
+        state = {**checkpoint.method_states(method), "optimizer_state": optimizer.state_dict(), "epoch": 1}
         checkpoint.save(state, tmp_path / "ckpt.pth")
         other = tiny(f"trainer.{word}")
         resumed, _ = _step(other)
-        optimizer = build_optimizer(resumed.param_groups(), other.trainer.optimizer)
-        checkpoint.resume(tmp_path / "ckpt.pth", resumed.networks(), optimizer, 0)
+        optimizer = build_optimizer(param_groups(resumed.trained()), other.trainer.optimizer)
+        checkpoint.resume(tmp_path / "ckpt.pth", resumed, optimizer, 0)
         for mine, theirs in zip(resumed.student.parameters(), method.student.parameters()):
             mine.grad = torch.empty_like(mine).copy_(theirs.grad)
         optimizer.step()

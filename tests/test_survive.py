@@ -184,9 +184,9 @@ def test_a_torn_or_foreign_file_is_named_and_the_one_before_it_used(experiment: 
 
 def test_killed_between_two_renames_the_previous_checkpoint_counts(tmp_path: Path) -> None:
     (tmp_path / "ckpt_prev.pth").touch()
-    assert checkpoint.to_continue(tmp_path, "auto") == tmp_path / "ckpt_prev.pth"
+    assert checkpoint.find_checkpoint(tmp_path, "auto") == tmp_path / "ckpt_prev.pth"
     (tmp_path / "ckpt.pth").touch()
-    assert checkpoint.to_continue(tmp_path, "auto") == tmp_path / "ckpt.pth"
+    assert checkpoint.find_checkpoint(tmp_path, "auto") == tmp_path / "ckpt.pth"
 
 
 def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(experiment: Experiment) -> None:
@@ -337,13 +337,13 @@ def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(tmp_pa
         import os, sys; sys.path.insert(0, {str(ROOT)!r})
         import torch
         from imas import build_model, distributed
-        from imas.methods.base import Batch, Progress
-        from imas.methods.sup_only import SupOnly
+        from imas.methods.base import Labeled, Progress
+        from imas.methods.sup_only import Options, SupOnly
         from imas.ops.losses import cross_entropy
         torch.manual_seed(0)
         net = {TINY["net"]!r}
-        criterion = cross_entropy
-        method = SupOnly(build_model(net), criterion, 0.0).eval()
+        supervised = lambda coarse, aux, label: cross_entropy(coarse, label)
+        method = SupOnly(Options(), lambda: build_model(net), supervised).eval()
         images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 4, (8, 32, 32))
         with distributed.process_group() as device:
             wrapped = distributed.wrap(method, device, False)
@@ -352,7 +352,7 @@ def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(tmp_pa
             chunks = list(zip(images[mine].chunk(parts), labels[mine].chunk(parts)))
             for number, (x, y) in enumerate(chunks):
                 with distributed.gradients_shared(wrapped, number + 1 == parts):
-                    (wrapped(Batch(x, y), Progress(0, 0, 1, torch.Generator())).loss / parts).backward()
+                    (wrapped(Labeled(x, y), None, Progress(0, 1, 0, 1, torch.Generator())).loss / parts).backward()
             gradients = {{name: p.grad for name, p in method.named_parameters() if p.grad is not None}}
             torch.save(gradients, sys.argv[2] + str(distributed.rank()))
         """)

@@ -19,7 +19,7 @@ from ..data.normalise import Normalise
 from ..data.source import DataError
 from ..data.splits import describe_lists
 from ..legacy import COLUMNS
-from ..methods.base import Labeled, Method, Unlabeled
+from ..methods.base import Method
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from . import precision, provenance
@@ -29,7 +29,7 @@ from .interrupt import Interrupted, interruptible
 from .log import RunLog
 from .meter import Clock, Meter, peak_memory
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
-from .run import Run, resume, save
+from .run import Run, resume, save, to_device
 from .show import report, show_progress, write_scores
 
 log = logging.getLogger("imas")
@@ -79,7 +79,8 @@ def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -
         contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch, map(column, method.scored())))
     )
     evaluation = Evaluation(config, run.lists, run.device)
-    health = Health(config, len(data), evaluation.catalog.class_names, run_log.rows)
+    selecting = column(next(iter(method.scored())))
+    health = Health(config, len(data), evaluation.catalog.class_names, selecting, run_log.rows)
     _announce(run, run_log)
     epochs, done = config.trainer.epochs, run.epoch * len(data) + run.step
     bar = tqdm(
@@ -110,7 +111,7 @@ def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -
         # Rows come before the checkpoint: a run that is cut off between the two drops them when it resumes.
         run_log.metrics(row | {"epoch": epoch})
         run_log.training({"epoch": epoch} | row)
-        for warning in health.look(row):
+        for warning in health.look({"epoch": epoch} | row):
             run_log.warn(epoch, warning)
         run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
         if evaluates:
@@ -223,6 +224,8 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     figures = (f"{name} mIoU {value:.2f} (best {run.best[name]:.2f})" for name, value in results.items())
     log.info("epoch %d: %s", epoch, ", ".join(figures))
     columns = {column(name): value for name, value in results.items()}
+    ious = zip(run.meter.class_names, matrices[selecting].iou.tolist())
+    columns |= {f"iou/{name}": 100 * value for name, value in ious if value == value}  # no class absent from the truth
     columns["best"] = run.best[selecting]
     others = [name for name in results if name != selecting] or [selecting]
     columns |= {column(name).replace("miou_", "best-"): run.best[name] for name in others}
@@ -241,22 +244,3 @@ def _count(skipped: list[str], replaced: dict[str, int]) -> None:
         if problem not in replaced:
             log.warning("replaced by another sample: %s", problem)
         replaced[problem] = replaced.get(problem, 0) + 1
-
-
-def to_device(batch: dict[str, Any], normalise: Normalise, device: torch.device) -> tuple[Labeled, Unlabeled | None]:
-    """A batch of the loader on the device: images normalised, labels as int64, padding as a mask."""
-
-    def images(values: list[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(normalise(value.to(device, non_blocking=True)) for value in values)
-
-    def tensor(value: Tensor) -> Tensor:
-        return value.to(device, non_blocking=True)
-
-    first, second = batch["labeled"], batch.get("unlabeled")
-    labeled = Labeled(*images([first["image"]]), tensor(first["label"]).long(), images(first["strong"]))
-    if second is None:
-        return labeled, None
-    (weak,), real = images([second["weak"]]), tensor(second["real"])
-    rows, columns = (torch.arange(side, device=device) for side in weak.shape[-2:])
-    valid = (rows < real[:, :1]).unsqueeze(2) & (columns < real[:, 1:]).unsqueeze(1)
-    return labeled, Unlabeled(weak, images(second["strong"]), valid, tensor(second["index"]))

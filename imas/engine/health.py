@@ -1,4 +1,4 @@
-"""Whether a run goes well, in words: what an experienced eye would read off the curves, each thing said once."""
+"""Warnings in plain words about what looks unhealthy in the curves of a run, each given once."""
 
 from __future__ import annotations
 
@@ -9,127 +9,149 @@ from ..schema import Config
 
 Row = dict[str, float]  # of training.csv
 
-_EPOCHS, _ITERATIONS = 5, 50  # something is told when it has lasted for both
+_EPOCHS, _ITERATIONS = 5, 50  # how long a state has to last, in both, before it is worth a warning
 _LITTLE = 0.01
 _DISAGREEMENT = 0.5
 _WAITING = 0.3
-_MANY, _FEW, _NONE = 2.0, 0.4, 0.05  # times what the labeled images hold of a class
+_MANY, _FEW, _NONE = 2.0, 0.4, 0.05  # times the share that the labeled images have of a class
 _FALL = 10  # points of mIoU
-_SHARES = ("confident", "predicted", "labeled")
+_ALIVE, _DEAD = 10, 0.5  # IoU in percent of a class before and after it died
+_GENTLER = (
+    "a longer .sup_only_epoch", "a lower .loss_weight", "a lower trainer.optimizer.kwargs.lr", "more labeled images",
+)  # fmt: skip
 
 
 class Health:
-    """Looks at every epoch's row of ``training.csv``.
+    """Looks at each epoch's row of ``training.csv``. A check whose columns a method does not log is left out.
 
     Args:
         length: iterations per epoch.
-        rows: of earlier epochs, where a run goes on; what they gave rise to has been told.
+        selecting: the column with the mIoU of the network that selects the best checkpoint.
+        rows: of earlier epochs, where a run is resumed; their warnings are not given again.
     """
 
-    def __init__(self, config: Config, length: int, class_names: Sequence[str], rows: Sequence[Row] = ()) -> None:
-        self.config, self.class_names = config, class_names
+    def __init__(
+        self, config: Config, length: int, class_names: Sequence[str], selecting: str, rows: Sequence[Row] = ()
+    ) -> None:
+        self.config, self.class_names, self.selecting = config, class_names, selecting
         self.lasting = max(_EPOCHS, math.ceil(_ITERATIONS / length))  # epochs
-        self.rows: list[Row] = []
-        self.told: set[str] = set()
-        self._needed = {"score", "agreement", *(f"{kind}/{name}" for kind in _SHARES for name in class_names)}
+        self.rows: list[Row] = []  # the last of them
+        self.highest: Row = {}  # value of each column before the last row
+        self.best_epoch = 0
+        self.died = ""  # the first class to die, and when
+        self.silent: set[str] = set()
+        self.checks = [self._death, self._fall, self._waiting, self._no_score, self._full_score, self._disagreement]
+        self.checks += [self._collapse, self._silence]
         for row in rows:
             self.look(row)
 
     def look(self, row: Row) -> list[str]:
-        """Warnings, each a sentence on what is the matter and one on what to try; those told before are left out."""
+        """Warnings about the run up to this row: what is wrong, and what may help."""
         self.rows = [*self.rows, row][-self.lasting :]
-        found = self._fall()
-        if len(self.rows) == self.lasting:
-            found |= self._waiting()
-            if all(self._needed <= each.keys() for each in self.rows):
-                found |= self._score() | self._agreement() | self._collapse() | self._silent_classes()
-        new = {kind: warning for kind, warning in found.items() if kind not in self.told}
-        self.told |= new.keys()
-        return list(new.values())
+        warnings = [(check, warning) for check in self.checks if (warning := check())]
+        self.checks = [check for check in self.checks if check == self._silence or check not in dict(warnings)]
+        if row.get(self.selecting, -1) > self.highest.get(self.selecting, -1):
+            self.best_epoch = int(row["epoch"])
+        self.highest |= {name: max(value, self.highest.get(name, value)) for name, value in row.items()}
+        return [warning for _, warning in warnings]
 
-    def _mean(self, name: str) -> float:
-        return sum(row[name] for row in self.rows) / len(self.rows)
+    def _death(self) -> str | None:
+        """At once, the first class to die on the validation images or in the pseudo labels."""
+        row, now = self.rows[-1], {}
+        for name in self.class_names:
+            iou, share = row.get(f"iou/{name}", _ALIVE), row.get(f"predicted/{name}", 1)
+            best, labeled = self.highest.get(f"iou/{name}", 0), row.get(f"labeled/{name}", 0)
+            if best > _ALIVE and iou < _DEAD:
+                now[name] = f"{name}: IoU {iou:.1f} after {best:.1f}"
+            elif best > _ALIVE and share < _LITTLE * labeled:
+                now[name] = f"{name}: {100 * share:.2f} % of the pseudo labels, {100 * labeled:.1f} % of the labels"
+        if now:
+            self.died = f"{', '.join(now)} in epoch {row['epoch']:.0f}"
+            return f"the first class to die is {self.died} ({'; '.join(now.values())}): {self._advice(*_GENTLER)}"
 
-    def _fall(self) -> dict[str, str]:
-        row = self.rows[-1]
-        name = "miou_tea" if "miou_tea" in row else "miou_stu"
-        if name not in row or row[name] >= row["best"] - _FALL:
-            return {}
-        return {
-            "fall": f"mIoU has fallen to {row[name]:.1f} from {row['best']:.1f}, of which ckpt_best.pth is: if "
-            "pseudo labels have led astray (log/views.png), a longer trainer.sup_only_epoch, a lower "
-            "trainer.unsupervised.loss_weight or learning rate may help"
-        }
+    def _fall(self) -> str | None:
+        best = self.highest.get(self.selecting, 0)
+        now = self.rows[-1].get(self.selecting, best)
+        died = f"; the first class to die was {self.died}" if self.died else ""
+        if now < best - _FALL:
+            return (
+                f"mIoU has fallen to {now:.1f} from {best:.1f}, of which ckpt_best.pth is: {best - now:.1f} points "
+                f"lost since the best epoch, {self.best_epoch}{died}. If log/views.png shows wrong pseudo labels, "
+                f"{self._advice(*_GENTLER)}"
+            )
 
-    def _waiting(self) -> dict[str, str]:
-        timed = [row for row in self.rows if "seconds" in row]  # not an epoch of which a resumed run found all done
+    def _waiting(self) -> str | None:
+        timed = [row for row in self.rows if "seconds" in row]  # a resumed run may find an epoch already done
         waited, passed = (sum(row[name] for row in timed) for name in ("seconds_waiting", "seconds"))
-        if waited <= _WAITING * passed:
-            return {}
-        workers = self.config.dataset.workers
-        return {
-            "waiting": f"training waits for data {100 * waited / passed:.0f} % of the time: more dataset.workers (now "
-            f"{workers}), dataset.cache: true or a faster disk may help"
-        }
+        if len(self.rows) == self.lasting and waited > _WAITING * passed:
+            return (
+                f"training waits for data {100 * waited / passed:.0f} % of the time: more dataset.workers (now "
+                f"{self.config.dataset.workers}), dataset.cache: true or a faster disk may help"
+            )
 
-    def _score(self) -> dict[str, str]:
-        scores = [row["score"] for row in self.rows]
-        if max(scores) < _LITTLE:
-            return {
-                "score 0": f"the score has been 0 for {self.lasting} epochs, no unlabeled image counts: "
-                f"{self._lower_threshold()} or a longer trainer.sup_only_epoch may help"
-            }
-        if min(scores) > 1 - _LITTLE:
-            return {
-                "score 1": f"the score has been 1 for {self.lasting} epochs, student and teacher are sure of "
-                "everything: see in log/views.png whether they are right; if so, strong_aug.num_augs could be higher"
-            }
-        return {}
+    def _no_score(self) -> str | None:
+        name = "score" if "score" in self.rows[-1] else "pseudo"
+        what = {"score": "the score", "pseudo": "the share of pixels that pass the threshold"}[name]
+        if max(self._column(name), default=1) < _LITTLE:
+            advice = self._advice("a lower .threshold", "a longer .sup_only_epoch", "more labeled images")
+            return f"{what} has been 0 for {self.lasting} epochs, no unlabeled image counts: {advice}"
 
-    def _agreement(self) -> dict[str, str]:
-        agreement = [row["agreement"] for row in self.rows]
-        if max(agreement) >= _DISAGREEMENT:
-            return {}
-        return {
-            "divergence": f"student and teacher have agreed on less than half of all pixels for {self.lasting} epochs "
-            f"({100 * agreement[-1]:.0f} % in this one): a lower trainer.optimizer.kwargs.lr, a lower net.ema_decay or "
-            "a lower trainer.unsupervised.loss_weight may help"
-        }
+    def _full_score(self) -> str | None:
+        if min(self._column("score"), default=0) > 1 - _LITTLE:
+            return (
+                f"the score has been 1 for {self.lasting} epochs, the networks are sure of everything: if "
+                "log/views.png shows that they are right, a higher dataset.train.strong_aug.num_augs may help"
+            )
 
-    def _collapse(self) -> dict[str, str]:
-        """A class has taken the place of at least half of the others, by what the labeled images hold of them: all of
-        it, or much of it where the class itself has become much more.
+    def _disagreement(self) -> str | None:
+        agreement = self._column("agreement")
+        if max(agreement, default=1) < _DISAGREEMENT:
+            return (
+                f"the networks have agreed on less than half of all pixels for {self.lasting} epochs "
+                f"({100 * agreement[-1]:.0f} % in this one): "
+                + self._advice("a lower trainer.optimizer.kwargs.lr", "a lower .ema_decay", "a lower .loss_weight")
+            )
+
+    def _collapse(self) -> str | None:
+        """A class has taken the place of at least half of the others: of their whole share in the labeled images, or
+        of much of it where the class itself has become much more.
         """
         gained = {}
         for name in self.class_names:
-            labeled = self._mean(f"labeled/{name}")
-            if labeled > 0:
-                gained[name] = self._mean(f"predicted/{name}") / labeled
-        if not gained:
-            return {}
-        onto = max(gained, key=gained.__getitem__)
-        share = _FEW if gained[onto] > _MANY else _NONE
+            predicted, labeled = self._column(f"predicted/{name}"), self._column(f"labeled/{name}")
+            if predicted and sum(labeled) > 0:
+                gained[name] = sum(predicted) / sum(labeled)
+        onto = max(gained, key=gained.__getitem__, default="")
+        share = _FEW if gained.get(onto, 0) > _MANY else _NONE
         lost = [name for name in gained if name != onto and gained[name] < share]
-        if not lost or 2 * len(lost) < len(gained) - 1:
-            return {}
-        return {
-            "collapse": f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than "
-            f"{100 * share:.0f} % of what the labeled images hold, for {self.lasting} epochs. A longer "
-            "trainer.sup_only_epoch, a lower trainer.unsupervised.loss_weight or learning rate, or more labeled "
-            "images may help"
-        }
+        if lost and 2 * len(lost) >= len(gained) - 1:
+            return (
+                f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than "
+                f"{100 * share:.0f} % of what the labeled images hold, for {self.lasting} epochs: "
+                f"{self._advice(*_GENTLER)}"
+            )
 
-    def _silent_classes(self) -> dict[str, str]:
-        silent = [name for name in self.class_names if all(row[f"confident/{name}"] == 0 for row in self.rows)]
-        new = [name for name in silent if f"silent {name}" not in self.told]
-        if not new:
-            return {}
-        self.told |= {f"silent {name}" for name in new}
-        return {
-            f"silent {new}": f"no pixel of {', '.join(new)} has passed the threshold for {self.lasting} epochs, so "
-            f"that the unsupervised loss cannot teach it: {self._lower_threshold()}, a longer "
-            "trainer.sup_only_epoch or more labeled images of it may help"
-        }
+    def _silence(self) -> str | None:
+        """Once for each class."""
+        silent = {name for name in self.class_names if max(self._column(f"confident/{name}"), default=1) == 0}
+        new = [name for name in self.class_names if name in silent - self.silent]
+        self.silent |= silent
+        if new:
+            return (
+                f"no pixel of {', '.join(new)} has passed the threshold for {self.lasting} epochs, so that the "
+                "unsupervised loss cannot teach it: "
+                + self._advice("a lower .threshold", "a longer .sup_only_epoch", "more labeled images of it")
+            )
 
-    def _lower_threshold(self) -> str:
-        return f"a lower trainer.unsupervised.threshold (now {self.config.trainer.unsupervised.threshold:g})"
+    def _column(self, name: str) -> list[float]:
+        """The last values of a column, if every one of the last epochs has one; else none."""
+        values = [row[name] for row in self.rows if name in row]
+        return values if len(values) == self.lasting else []
+
+    def _advice(self, *hints: str) -> str:
+        """Hints as words. One that ends in ``.KEY`` is for methods that have this option, and names its value."""
+        section, words = self.config.method, []
+        for start, dot, key in (hint.partition(" .") for hint in hints):
+            value = getattr(self.config.options, key, None) if dot else None
+            words += [start] if not dot else [] if value is None else [f"{start} {section}.{key} (now {value})"]
+        return " or ".join(filter(None, (", ".join(words[:-1]), words[-1]))) + " may help"

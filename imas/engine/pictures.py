@@ -1,8 +1,7 @@
-"""Pictures of what networks predict."""
+"""Sheets of pictures: what networks predict, and what a method makes of a batch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,17 +10,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
+from ..data.catalog import Catalog
 from ..data.normalise import Normalise
-from ..methods.base import Method
 from .evaluate import evaluating
 from .sliding import Predictor
 
 _TILE = 256  # longest side of a tile, in pixels
-_NO_CLASS = 255
 _GAP = 4
 _LINE = 16
-_IGNORED = 224  # grey
-_DIFFER = (200, 30, 30)  # where two networks disagree
+_LEGEND = 128  # width of a class name
+_GREY = (224, 224, 224)
+_RED = (200, 30, 30)
 
 
 @torch.no_grad()
@@ -29,121 +28,88 @@ def prediction_sheet(
     networks: dict[str, nn.Module],
     dataset: Dataset,
     normalise: Callable[[Tensor], Tensor],
-    *,
     predictor: Predictor,
-    class_names: Sequence[str],
-    palette: Sequence[tuple[int, int, int]],
+    catalog: Catalog,
     count: int = 6,
 ) -> Image.Image:
-    """A row for each of the first validation images: image, truth, every network; classes named below.
-
-    Args:
-        dataset: an ``EvaluationSet``.
-    """
-    rows = []
+    """A row for each of ``count`` images spread over an ``EvaluationSet``: image, truth, every network's prediction."""
+    columns: dict[str, list[Image.Image]] = {title: [] for title in ("image", "truth", *networks)}
     with evaluating(networks):
-        for index in range(min(count, len(dataset))):
+        for index in spread(len(dataset), count):
             image, label = dataset[index]
-            tiles = [TF.to_pil_image(image), coloured(label, palette)]
+            columns["image"].append(TF.to_pil_image(image))
+            columns["truth"].append(coloured(label, catalog.palette))
             batch = normalise(image.unsqueeze(0).to(predictor.device))
-            for network in networks.values():
-                tiles.append(coloured(predictor(network, batch)[0].cpu().long(), palette))
-            rows.append([_fitted(tile) for tile in tiles])
-    return _sheet(["image", "truth", *networks], rows, class_names, palette)
+            for name, network in networks.items():
+                columns[name].append(coloured(predictor(network, batch)[0], catalog.palette))
+    return _sheet(columns, [], catalog)
 
 
-@torch.no_grad()
-def views_sheet(
-    method: Method,
-    weak: Tensor,
-    strong: Tensor | None,
-    captions: Sequence[str],
-    normalise: Normalise,
-    *,
-    threshold: float,
-    class_names: Sequence[str],
-    palette: Sequence[tuple[int, int, int]],
-    generator: torch.Generator,
+def look_sheet(
+    look: dict[str, Tensor], captions: Sequence[str], normalise: Normalise, catalog: Catalog
 ) -> Image.Image | None:
-    """A row for each unlabeled image, as a step would treat it now: the views, pseudo label, student, agreement.
-
-    Pixels of the pseudo label that are not confident are grey. None of a method that makes no such views.
+    """A row for each image of a batch, below its caption, and a column for each title of ``Method.look``.
 
     Args:
-        weak, strong: (B, 3, H, W) uint8, on the method's device.
-        captions: one an image; its score is added.
-        threshold: of the confidence.
+        look: (B, 3, H, W) float, normalised images; (B, H, W) integers, classes, where all else is grey; (B, H, W)
+            bool, red where True; (B,) numbers, which are added to the captions.
+
+    Returns:
+        None if there are no pictures.
     """
-    weak, strong = normalise(weak), None if strong is None else normalise(strong)
-    views = method.views(weak, strong, generator, always_mix=True)
-    if views is None:
-        return None
-    confident = views.pseudo.label.masked_fill(views.pseudo.confidence < threshold, _NO_CLASS)
-    columns = {
-        "weak view": _pictures(normalise.inverse(weak)),
-        "strong view": None if views.strong is None else _pictures(normalise.inverse(views.strong)),
-        "CutMix view": None if views.mixed is None else _pictures(normalise.inverse(views.mixed.images)),
-        "pseudo label (grey: unsure)": [coloured(label, palette) for label in confident.cpu()],
-        "student": [coloured(label, palette) for label in views.student.label.cpu()],
-    }
-    if views.teacher is not None:
-        differ = (views.student.label != views.teacher.label).cpu()
-        columns["agreement (red: they differ)"] = [
-            coloured(where.long(), [(_IGNORED,) * 3, _DIFFER]) for where in differ
-        ]
-    columns = {title: tiles for title, tiles in columns.items() if tiles is not None}
-    if views.hardness is not None:
-        scores = views.hardness.score.tolist()
-        captions = [f"{caption}: score {score:.2f}" for caption, score in zip(captions, scores, strict=True)]
-    rows = [[_fitted(tile) for tile in tiles] for tiles in zip(*columns.values(), strict=True)]
-    return _sheet(list(columns), rows, class_names, palette, captions)
+    columns, numbers = {}, [[] for _ in captions]
+    for title, values in look.items():
+        if values.dim() == 1:
+            for texts, value in zip(numbers, values.tolist()):
+                texts.append(f"{title} {value:.2f}")
+        elif values.dim() == 4:
+            columns[title] = [TF.to_pil_image(image) for image in normalise.inverse(values).cpu()]
+        else:
+            palette = (_GREY, _RED) if values.dtype == torch.bool else catalog.palette
+            columns[title] = [coloured(label, palette) for label in values]
+    captions = [": ".join(filter(None, (caption, ", ".join(texts)))) for caption, texts in zip(captions, numbers)]
+    return _sheet(columns, captions, catalog) if columns else None
 
 
-def _pictures(images: Tensor) -> list[Image.Image]:
-    return [TF.to_pil_image(image) for image in images.cpu()]
+def spread(total: int, count: int) -> list[int]:
+    """At most ``count`` indices below ``total``, evenly spread from 0 on."""
+    return sorted({i * total // count for i in range(count)}) if total else []
 
 
 def coloured(label: Tensor, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
-    """(H, W) integer class numbers → an RGB picture; everything that is no class in grey."""
-    colours = torch.full((256, 3), _IGNORED, dtype=torch.uint8)
+    """(H, W) class numbers, integer or bool → an RGB picture; every number without a colour in grey."""
+    colours = torch.tensor(_GREY, dtype=torch.uint8).repeat(256, 1)
     colours[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
-    return Image.fromarray(colours[label].numpy())
+    return Image.fromarray(colours[label.long().cpu()].numpy())
 
 
 def _fitted(tile: Image.Image) -> Image.Image:
     """Enlarged or reduced, without smoothing, to the size of a tile."""
-    scale = _TILE / max(tile.size)
-    size = (max(1, round(side * scale)) for side in tile.size)
-    return tile.resize(tuple(size), Image.Resampling.NEAREST)
+    width, height = (max(1, round(side * _TILE / max(tile.size))) for side in tile.size)
+    return tile.resize((width, height), Image.Resampling.NEAREST)
 
 
-def _sheet(
-    titles: list[str],
-    rows: list[list[Image.Image]],
-    class_names: Sequence[str],
-    palette: Sequence[tuple[int, int, int]],
-    captions: Sequence[str] = (),
-) -> Image.Image:
-    """Titles, rows of tiles, each below its caption if there are such, and the classes with their colours."""
-    columns, caption_height = len(titles), _LINE if captions else 0
-    width = columns * (_TILE + _GAP) + _GAP
-    heights = [caption_height + max(tile.height for tile in row) + _GAP for row in rows]
-    legend_columns = max(1, min(len(class_names), width // 128))
-    legend_lines = math.ceil(len(class_names) / legend_columns)
-    sheet = Image.new("RGB", (width, _LINE + _GAP + sum(heights) + legend_lines * _LINE + _GAP), "white")
+def _sheet(columns: dict[str, list[Image.Image]], captions: Sequence[str], catalog: Catalog) -> Image.Image:
+    """Titles, rows of tiles, each below its caption if there are captions, and the classes with their colours."""
+    rows = [[_fitted(tile) for tile in row] for row in zip(*columns.values(), strict=True)]
+    width, above = len(columns) * (_TILE + _GAP) + _GAP, _LINE if captions else 0
+    tops = [_LINE + _GAP]  # of the rows, and of the legend
+    for row in rows:
+        tops.append(tops[-1] + above + max(tile.height for tile in row) + _GAP)
+    per_line = max(1, min(len(catalog.class_names), width // _LEGEND))
+    lines = -(-len(catalog.class_names) // per_line)
+    sheet = Image.new("RGB", (width, tops[-1] + lines * _LINE + _GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        pen.text((_GAP + column * (_TILE + _GAP), 3), title, fill="black")
-    top = _LINE + _GAP
-    for number, (row, height) in enumerate(zip(rows, heights)):
+    lefts = [_GAP + i * (_TILE + _GAP) for i in range(len(columns))]
+    for left, title in zip(lefts, columns):
+        pen.text((left, 3), title, fill="black")
+    for i, (top, row) in enumerate(zip(tops, rows)):
         if captions:
-            pen.text((_GAP, top + 2), captions[number], fill="black")
-        for column, tile in enumerate(row):
-            sheet.paste(tile, (_GAP + column * (_TILE + _GAP), top + caption_height))
-        top += height
-    for number, (name, colour) in enumerate(zip(class_names, palette)):
-        left = _GAP + number % legend_columns * 128
-        line = top + number // legend_columns * _LINE
-        pen.rectangle((left, line + 2, left + 11, line + 13), fill=tuple(colour), outline="grey")
-        pen.text((left + 16, line + 2), name, fill="black")
+            pen.text((_GAP, top + 2), captions[i], fill="black")
+        for left, tile in zip(lefts, row):
+            sheet.paste(tile, (left, top + above))
+    for i, (name, colour) in enumerate(zip(catalog.class_names, catalog.palette)):
+        left, top = _GAP + i % per_line * _LEGEND, tops[-1] + i // per_line * _LINE
+        pen.rectangle((left, top + 2, left + 11, top + 13), fill=tuple(colour), outline="grey")
+        pen.text((left + 16, top + 2), name, fill="black")
     return sheet

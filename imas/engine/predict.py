@@ -1,37 +1,39 @@
-"""Predictions of image files without ground truth: class numbers, overlays and confidence as pictures."""
+"""Predictions of image files without ground truth: class numbers, overlays and confidences as pictures."""
 
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from .. import distributed
-from ..data.catalog import Catalog
+from ..data.catalog import catalog_of
 from ..data.folder import images_below
+from ..data.normalise import Normalise
 from ..data.source import DataError, read_image
 from ..errors import UserError
 from ..files import replacing
+from ..schema import Dataset
 from .evaluate import evaluating
 from .pictures import coloured
 from .sliding import Predictor, labels_and_confidence
 
 log = logging.getLogger("imas")
 
-_KINDS = ("index", "overlay", "confidence")  # the folders of the outputs
-_WRITERS = 2  # threads; as many predicted images wait for them
+_KINDS = {"index": ".png", "overlay": ".jpg", "confidence": ".png"}  # folders of the outputs, and their suffixes
+_WRITERS = 2  # threads
 
 
 class Incomplete(UserError):
@@ -40,73 +42,49 @@ class Incomplete(UserError):
     status = 1
 
 
-class Item(NamedTuple):
-    """An image file, and what its outputs are called below their folders, without the suffix."""
-
-    path: Path
-    name: Path
-
-
-def find_images(words: Sequence[str], save_dir: Path) -> tuple[list[Item], list[str]]:
+def find_images(words: Sequence[str], save_dir: Path) -> tuple[dict[Path, Path], list[str]]:
     """Image files of folders (with their sub-folders), of glob patterns, or by name.
 
-    Outputs are called as their images are, below the folder, below the part of a pattern that has no wildcard, or below
-    the folder that all files given by name share. Outputs of an earlier run are no images.
-
     Returns:
-        The images, and what is wrong with others: they would have the outputs of an image before them.
+        Files by the path of their outputs, without suffix: as the image is named below the folder, below the part of
+        a pattern that has no wildcard, or below the folder that all files given by name share. Outputs of an earlier
+        run in ``save_dir`` are left out. And a sentence for each image that would have the outputs of another one.
 
     Raises:
-        UserError: a word that stands for no image.
+        UserError: a word that matches no image.
     """
-    named = [Path(os.path.abspath(word)) for word in words if Path(word).is_file()]
-    shared = Path(os.path.commonpath([path.parent for path in named])) if named else None
+    folders = [os.path.dirname(os.path.abspath(word)) for word in words if os.path.isfile(word)]
     outputs = [save_dir.resolve() / kind for kind in _KINDS]
-    items: dict[Path, Item] = {}
+    found: dict[Path, Path] = {}
     problems, seen = [], set()
     for word in words:
-        base = shared if Path(word).is_file() else Path(word) if Path(word).is_dir() else _before_wildcard(word)
-        paths = [path for path in _paths(word) if not any(path.resolve().is_relative_to(folder) for folder in outputs)]
+        path = Path(word)
+        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        paths = [Path(match) for match in sorted(glob.glob(word, recursive=True)) if os.path.isfile(match)]
+        if path.is_file():
+            base, paths = Path(os.path.commonpath(folders)), [Path(os.path.abspath(path))]
+        elif path.is_dir():
+            base, paths = path, [path / name for name in images_below(path)]
+        paths = [path for path in paths if not any(path.resolve().is_relative_to(folder) for folder in outputs)]
         if not paths:
             kind = "folder without images" if Path(word).is_dir() else "no such file"
             raise UserError(f"--images {word}: {kind} (looked in {Path.cwd()}); expected a folder, a file or a pattern")
         for path in paths:
-            name = (Path(os.path.abspath(path)) if base == shared else path).relative_to(base).with_suffix("")
-            if path.resolve() in seen:
-                continue
+            name = path.relative_to(base).with_suffix("")
+            if path.resolve() not in seen and found.setdefault(name, path) != path:
+                problems.append(f"{path}: left out, since {found[name]} has the same outputs, {name}.png")
             seen.add(path.resolve())
-            if name in items:
-                problems.append(f"{path}: left out, since {items[name].path} has the same outputs, {name}.png")
-            else:
-                items[name] = Item(path, name)
-    return list(items.values()), problems
+    return found, problems
 
 
-def _paths(word: str) -> list[Path]:
-    path = Path(word)
-    if path.is_dir():
-        return [path / name for name in images_below(path)]
-    if path.is_file():
-        return [path]
-    return [Path(found) for found in sorted(glob.glob(word, recursive=True)) if Path(found).is_file()]
-
-
-def _before_wildcard(word: str) -> Path:
-    parts = Path(word).parts
-    first = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    return Path(*parts[:first])
-
-
+@torch.no_grad()
 def predict_images(
     network: nn.Module,
-    items: Sequence[Item],
+    images: dict[Path, Path],
     predictor: Predictor,
-    normalise: Callable[[Tensor], Tensor],
-    catalog: Catalog,
+    dataset: Dataset,
     save_dir: Path,
-    *,
     ids: Sequence[int] | None = None,
-    workers: int = 0,
 ) -> list[str]:
     """Write predictions of image files at their own size, this rank's share of them.
 
@@ -115,87 +93,57 @@ def predict_images(
 
     Args:
         network: on the device of ``predictor``.
+        images: files by the path of their outputs.
+        dataset: the section of the configuration: normalisation, classes, workers.
         ids: numbers to write for the classes, in grey without a palette (``Catalog.test_ids``).
-        workers: images that are read ahead, each by a thread.
 
     Returns:
-        What is wrong with the images that are left out, of all ranks.
+        A sentence for each image without a prediction, of all ranks.
     """
-    mine = items[distributed.rank() :: distributed.world_size()]
-    workers = max(1, workers)
-    problems: list[str] = []
-    start = time.perf_counter()
-    bar = tqdm(total=len(mine), unit="image", leave=False, dynamic_ncols=True, disable=not distributed.is_main())
+    normalise, palette = Normalise(dataset.mean, dataset.std, predictor.device), catalog_of(dataset).palette
+    mine, start = list(images.items())[distributed.rank() :: distributed.world_size()], time.perf_counter()
+    loader = DataLoader([path for _, path in mine], None, collate_fn=_read, num_workers=dataset.workers)
 
-    def predicted(images: Iterator[Tensor | str]) -> Iterator[tuple[Item, Tensor, Tensor, Tensor]]:
-        for item, image in zip(mine, images):
+    def write(name: Path, image: Tensor, label: Tensor, confidence: Tensor) -> str | None:
+        index = Image.fromarray(label.numpy() if ids is None else torch.tensor(ids)[label.int()].byte().numpy())
+        if ids is None:
+            index.putpalette(list(itertools.chain(*palette)))
+        overlay = Image.blend(TF.to_pil_image(image), coloured(label, palette), 0.5)
+        pictures = (index, overlay, Image.fromarray(confidence.mul(255).round().byte().numpy()))
+        for picture, (kind, suffix) in zip(pictures, _KINDS.items()):
+            path = save_dir / kind / f"{name}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with replacing(path) as temporary:
+                    picture.save(temporary, "JPEG" if suffix == ".jpg" else "PNG", quality=92)
+            except OSError as error:
+                if error.errno is not None:  # of the disk, not of an encoder
+                    raise
+                return f"{images[name]}: its prediction cannot be written ({error})"
+        return None
+
+    bar = tqdm(loader, unit="image", leave=False, dynamic_ncols=True, disable=not distributed.is_main())
+    outcomes = []
+    with evaluating({"network": network}), ThreadPoolExecutor(_WRITERS) as pool:
+        for (name, _), image in zip(mine, bar):
             if isinstance(image, str):
-                problems.append(image)
-            else:
-                batch = normalise(image.unsqueeze(0).to(predictor.device))
-                label, confidence = predictor(network, batch, labels_and_confidence)
-                yield item, image, label[0].cpu(), confidence[0].mul_(255).round_().byte().cpu()
-            bar.update()
-
-    with bar, evaluating({"network": network}), ThreadPoolExecutor(workers + _WRITERS) as pool:
-        results = predicted(_ahead(pool, _read, mine, workers))
-        for problem in _ahead(pool, lambda result: _write(*result, catalog, ids, save_dir), results, _WRITERS):
-            problems += [problem] if problem else []
-    problems = [problem for part in distributed.gather(problems) for problem in part]
-    seconds, done = time.perf_counter() - start, len(items) - len(problems)
+                outcomes.append(pool.submit(str, image))
+                continue
+            batch = normalise(image.unsqueeze(0).to(predictor.device))
+            label, confidence = (part[0].cpu() for part in predictor(network, batch, labels_and_confidence))
+            outcomes.append(pool.submit(write, name, image, label, confidence))
+            if len(outcomes) > _WRITERS:  # images wait in memory until they are written
+                outcomes[-1 - _WRITERS].result()
+    found = distributed.gather([outcome.result() for outcome in outcomes])
+    problems = list(filter(None, itertools.chain(*found)))
+    seconds, done = time.perf_counter() - start, len(images) - len(problems)
     log.info("%d images in %.1f s, %.2f images/s: %s", done, seconds, done / seconds, save_dir)
     return problems
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Any], Any], inputs: Iterable[Any], count: int
-) -> Iterator[Any]:
-    """``map(function, inputs)`` in threads, at most ``count`` results ahead."""
-    waiting: deque[Future] = deque()
-    for one in inputs:
-        waiting.append(pool.submit(function, one))
-        if len(waiting) > count:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _read(item: Item) -> Tensor | str:
-    """(3, H, W) uint8, or what is wrong with the file."""
+def _read(path: Path) -> Tensor | str:
+    """(3, H, W) uint8, or a sentence about a file that cannot be read."""
     try:
-        return TF.pil_to_tensor(read_image(item.path))
+        return TF.pil_to_tensor(read_image(path))
     except DataError as error:
         return str(error)
-
-
-def _write(
-    item: Item,
-    image: Tensor,
-    label: Tensor,
-    confidence: Tensor,
-    catalog: Catalog,
-    ids: Sequence[int] | None,
-    save_dir: Path,
-) -> str | None:
-    """The three pictures of an image; what is wrong, if a picture cannot be of this kind."""
-    if ids is None:
-        index = Image.fromarray(label.numpy())
-        index.putpalette([value for colour in catalog.palette for value in colour])
-    else:
-        index = Image.fromarray(torch.tensor(ids, dtype=torch.uint8)[label.int()].numpy())
-    overlay = Image.blend(TF.to_pil_image(image), coloured(label.int(), catalog.palette), 0.5)
-    try:
-        _save(index, save_dir / "index" / f"{item.name}.png", "PNG")
-        _save(Image.fromarray(confidence.numpy()), save_dir / "confidence" / f"{item.name}.png", "PNG")
-        _save(overlay, save_dir / "overlay" / f"{item.name}.jpg", "JPEG", quality=92)
-    except OSError as error:
-        if error.errno is not None:  # of the disk, not of an encoder
-            raise
-        return f"{item.path}: its prediction cannot be written ({error})"
-    return None
-
-
-def _save(picture: Image.Image, path: Path, kind: str, **options: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        picture.save(temporary, kind, **options)

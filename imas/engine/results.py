@@ -1,10 +1,12 @@
-"""An evaluation's figures as files: JSON, CSV, and a picture of the confusion matrix."""
+"""The figures of an evaluation as files: JSON, CSV and a picture of the confusion matrix."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,113 +16,84 @@ from ..errors import UserError
 from ..files import replacing
 from ..ops.metrics import ConfusionMatrix
 
-_COLUMNS = ("iou", "accuracy", "pixels", "boundary_iou")  # of ``figures``, by class
-_MEANS = {  # rows below the classes: their figures in the same columns
-    "mean": ("miou", "mean_accuracy", None, "mean_boundary_iou"),
-    "by frequency": ("fwiou", "pixel_accuracy", None, None),
-}
 _GAP = 10
 _FULL = (8, 48, 107)  # the colour of 100 %; 0 % is white
 _ABSENT = (225, 225, 225)
 
 
-def need_file(flag: str, path: Path) -> None:
-    """See that a file can be written where a flag asks for it.
+def need_writable(flag: str, path: Path, folder: bool = False) -> None:
+    """Check that a file, or a ``folder`` that may not exist yet, can be written to the path that a flag gives.
 
     Raises:
-        UserError: no such folder, a folder of that name, no right to write.
+        UserError: it cannot.
     """
-    if path.is_dir():
+    if not folder and path.is_dir():
         raise UserError(f"{flag} {path}: is a folder; expected the name of a file")
-    if not path.parent.is_dir():
+    if not folder and not path.parent.is_dir():
         raise UserError(f"{flag} {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{flag} {path}: the folder {path.parent} cannot be written to")
-
-
-def need_folder(flag: str, path: Path) -> None:
-    """See that a folder is there or can be made.
-
-    Raises:
-        UserError: it cannot, or not be written to.
-    """
-    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents)[not folder :] if parent.exists())
     if not there.is_dir():
         raise UserError(f"{flag} {path}: {there} is a file; expected a folder")
     if not os.access(there, os.W_OK):
         raise UserError(f"{flag} {path}: the folder {there} cannot be written to")
 
 
-def write_json(path: Path, protocol: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Protocol and figures (of ``evaluate.figures``) side by side."""
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write the protocol and the figures of an evaluation."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(protocol | figures, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, protocol: dict[str, Any], figures: dict[str, Any]) -> None:
-    """A row for each class and each mean, with the protocol in every row, so that files can be put together. Percent,
-    unrounded; what does not exist stays empty.
+    """Write a row for each class and each mean, in percent, unrounded; what does not exist stays empty.
+
+    Every row repeats the protocol, so that several files can be joined. ``figures``: of ``evaluate.figures``.
     """
-    columns = [column for column in _COLUMNS if column in figures]
+    columns = ("iou", "accuracy", "pixels")
     rows = [[name, *(figures[column][name] for column in columns)] for name in figures["iou"]]
-    for name, keys in _MEANS.items():
-        rows.append([name, *(figures[key] if key else None for key in keys[: len(columns)])])
-    words = [" ".join(map(str, value)) if isinstance(value, list) else value for value in protocol.values()]
+    rows.append(["mean", figures["miou"], figures["mean_accuracy"], None])
+    rows.append(["by frequency", figures["fwiou"], figures["pixel_accuracy"], None])
+    cells = [" ".join(map(str, value)) if isinstance(value, list) else value for value in protocol.values()]
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([[*protocol, "class", *columns], *([*words, *row] for row in rows)])
+        csv.writer(file).writerows([[*protocol, "class", *columns], *([*cells, *row] for row in rows)])
 
 
-def confusion_picture(matrix: ConfusionMatrix, class_names: tuple[str, ...], caption: str) -> Image.Image:
-    """The confusion matrix, a row for each true class: percent of its pixels by predicted class.
+def confusion_picture(matrix: ConfusionMatrix, class_names: Sequence[str], caption: str) -> Image.Image:
+    """Draw the confusion matrix: a row for each true class, with the percent of its pixels by predicted class.
 
     Args:
-        caption: stands below, in as many lines as it needs.
+        caption: text below the matrix, wrapped.
     """
     count = len(class_names)
     cell = max(34, min(80, 960 // count))
     font, small = (ImageFont.load_default(size) for size in (max(13, cell // 4), 13))
-    name_width = round(max(font.getlength(name) for name in class_names)) + _GAP
-    line = round(1.4 * font.size)
-    left, top = _GAP + line + name_width, _GAP + line + name_width
-    width = max(left + count * cell + _GAP, 480)
-    words = _lines(f"Percent of each true class's pixels, by predicted class. {caption}", small, width - 2 * _GAP)
-    height = top + count * cell + 2 * _GAP + 18 * len(words)
-    picture = Image.new("RGB", (width, height), "white")
+    line, names = round(1.4 * font.size), round(max(map(font.getlength, class_names))) + _GAP
+    corner, side = _GAP + line + names, count * cell
+    width = max(corner + side + _GAP, 480)
+    caption = f"Percent of each true class's pixels, by predicted class. {caption}"
+    lines = textwrap.wrap(caption, int((width - 2 * _GAP) / small.getlength("0")))
+    picture = Image.new("RGB", (width, corner + side + 2 * _GAP + 18 * len(lines)), "white")
+    picture.paste(_column(["predicted"], line, side, font, "mm"), (corner, _GAP))
+    picture.paste(_column(["true"], line, side, font, "mm").rotate(90, expand=True), (_GAP, corner))
+    picture.paste(_column(class_names, cell, names, font, "rm"), (corner - names, corner))
+    picture.paste(_column(class_names, cell, names, font, "lm").rotate(90, expand=True), (corner, corner - names))
     pen = ImageDraw.Draw(picture)
-    middle = count * cell // 2
-    pen.text((left + middle, _GAP), "predicted", "black", font, anchor="mt")
-    _upright(picture, "true", font, _GAP + line // 2, top + middle, "mm")
     shares = (matrix.counts.double() / matrix.target.unsqueeze(1)).tolist()
-    for number, (name, row) in enumerate(zip(class_names, shares)):
-        near, middle = top + number * cell, top + number * cell + cell // 2
-        pen.text((left - _GAP // 2, middle), name, "black", font, anchor="rm")
-        _upright(picture, name, font, left + number * cell + cell // 2, top - _GAP // 2, "lm")
-        for column, share in enumerate(row):
-            far = left + column * cell
-            colour = _ABSENT if share != share else tuple(round(255 + share * (part - 255)) for part in _FULL)
-            pen.rectangle((far, near, far + cell - 2, near + cell - 2), fill=colour)
-            text = "n/a" if share != share else f"{100 * share:.1f}" if 0 < share < 0.9995 else f"{100 * share:.0f}"
-            pen.text((far + cell // 2, middle), text, "white" if share > 0.5 else "black", font, anchor="mm")
-    pen.multiline_text((_GAP, top + count * cell + _GAP), "\n".join(words), "black", small, spacing=4)
+    for i, share in enumerate(share for row in shares for share in row):
+        x, y = corner + i % count * cell, corner + i // count * cell
+        absent = share != share
+        colour = _ABSENT if absent else tuple(round(255 + share * (part - 255)) for part in _FULL)
+        text = "n/a" if absent else f"{100 * share:.1f}" if 0 < share < 0.9995 else f"{100 * share:.0f}"
+        pen.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour)
+        pen.text((x + cell // 2, y + cell // 2), text, "white" if share > 0.5 else "black", font, anchor="mm")
+    pen.multiline_text((_GAP, corner + side + _GAP), "\n".join(lines), "black", small, spacing=4)
     return picture
 
 
-def _upright(picture: Image.Image, text: str, font: Any, x: int, y: int, anchor: str) -> None:
-    """Text that reads upwards, centred on x; it begins at y (``lm``) or is centred there (``mm``)."""
-    length, height = round(font.getlength(text)) + 2, round(1.4 * font.size)
-    strip = Image.new("RGB", (length, height), "white")
-    ImageDraw.Draw(strip).text((1, height // 2), text, "black", font, anchor="lm")
-    picture.paste(strip.rotate(90, expand=True), (x - height // 2, y - (length if anchor == "lm" else length // 2)))
-
-
-def _lines(text: str, font: Any, width: int) -> list[str]:
-    """Text broken between words, and within a word that is longer than a line."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-        while font.getlength(lines[-1]) > width:
-            fits = next(end for end in range(len(lines[-1]), 0, -1) if font.getlength(lines[-1][:end]) <= width)
-            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
-    return lines
+def _column(texts: Sequence[str], height: int, width: int, font: Any, anchor: str) -> Image.Image:
+    """Texts below each other, each in the middle of ``height`` pixels, anchored left, right or in the middle."""
+    picture = Image.new("RGB", (width, len(texts) * height), "white")
+    x = {"l": _GAP // 2, "m": width // 2, "r": width - _GAP // 2}[anchor[0]]
+    for i, text in enumerate(texts):
+        ImageDraw.Draw(picture).text((x, i * height + height // 2), text, "black", font, anchor=anchor)
+    return picture

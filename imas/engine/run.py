@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from torch import Tensor
 from .. import distributed
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
+from ..data.normalise import Normalise
 from ..errors import UserError
-from ..methods.base import Method, Progress
+from ..methods.base import Labeled, Method, Progress, Unlabeled
 from ..schema import Config
 from . import checkpoint
 from .interrupt import Interrupted, Interruption
@@ -139,3 +141,22 @@ def resume(run: Run, path: Path) -> None:
         run.meter.read = found.partial["metrics"]
         mine = found.partial["scores"][distributed.rank()]
         run.scores = [(index.to(run.device), score.to(run.device)) for index, score in mine]
+
+
+def to_device(batch: dict[str, Any], normalise: Normalise, device: torch.device) -> tuple[Labeled, Unlabeled | None]:
+    """A batch of the loader on the device: images normalised, labels as int64, padding as a mask."""
+
+    def images(values: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(normalise(value.to(device, non_blocking=True)) for value in values)
+
+    def tensor(value: Tensor) -> Tensor:
+        return value.to(device, non_blocking=True)
+
+    first, second = batch["labeled"], batch.get("unlabeled")
+    labeled = Labeled(*images([first["image"]]), tensor(first["label"]).long(), images(first["strong"]))
+    if second is None:
+        return labeled, None
+    (weak,), real = images([second["weak"]]), tensor(second["real"])
+    rows, columns = (torch.arange(side, device=device) for side in weak.shape[-2:])
+    valid = (rows < real[:, :1]).unsqueeze(2) & (columns < real[:, 1:]).unsqueeze(1)
+    return labeled, Unlabeled(weak, images(second["strong"]), valid, tensor(second["index"]))

@@ -1,74 +1,68 @@
-"""What a run shows of itself: scores, pictures every few epochs, and everything at its end. By the main process."""
+"""What a run shows: scores, pictures every few epochs, and a summary at its end. By the main process."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms import functional as TF
 
 from .. import distributed
 from ..data.dataset import Draw, stacked
 from ..data.source import DataError
-from ..files import replacing
 from ..ops.metrics import ConfusionMatrix
 from . import checkpoint
-from .evaluate import Evaluation, figures, format_table
+from .evaluate import Evaluation, evaluating, figures, format_table
 from .log import RunLog, last_scores
-from .pictures import prediction_sheet, views_sheet
-from .run import Run
+from .pictures import look_sheet, prediction_sheet, spread
+from .results import write_json
+from .run import Run, to_device
 
 log = logging.getLogger("imas")
 
-_HANDFUL = 4  # unlabeled images that are shown
-_EXTREMES = 3  # of the hardest and of the easiest
+_HANDFUL = 4  # unlabeled images to look at during training
+_EXTREMES = 3  # at the end: of the hardest and of the easiest
 _STREAM = 5  # of random numbers, beside those of ``data.loaders``
 
 
 def write_scores(run: Run, run_log: RunLog, epoch: int) -> None:
-    """The last score of each unlabeled image in this epoch, from all ranks, in the order of the list."""
+    """Log the last score of each unlabeled image in this epoch, from all ranks, in the order of the list."""
     if not run.scores:
         return
     index, score = (torch.cat(parts).tolist() for parts in zip(*run.scores))
     gathered: dict[int, float] = {}
     for pairs in distributed.gather(list(zip(index, score))):
         gathered.update(pairs)
-    names = run.lists.unlabeled
-    run_log.scores((epoch, names[number], gathered[number]) for number in sorted(gathered))
+    run_log.scores((epoch, run.lists.unlabeled[index], gathered[index]) for index in sorted(gathered))
     run_log.histogram("scores", list(gathered.values()), (epoch + 1) * len(run.data))
 
 
 def show_progress(run: Run, evaluation: Evaluation, run_log: RunLog) -> None:
-    """Some unlabeled and some validation images, always the same, to TensorBoard."""
-    iteration, pool = run.epoch * len(run.data), len(run.lists.unlabeled)
-    chosen = sorted({number * pool // _HANDFUL for number in range(_HANDFUL)}) if pool else []
+    """Write pictures of some training and some validation images, always the same, to TensorBoard."""
     with _optional():
-        sheet = _views(run, evaluation, {index: run.lists.unlabeled[index] for index in chosen})
-        if sheet is not None:
-            run_log.image("views", TF.pil_to_tensor(sheet), iteration)
-        run_log.image("predictions", TF.pil_to_tensor(_predictions(run, evaluation)), iteration)
+        for name, sheet in (("views", _look(run, evaluation, {})), ("predictions", _predictions(run, evaluation))):
+            if sheet is not None:
+                run_log.image(name, TF.pil_to_tensor(sheet), run.epoch * len(run.data))
 
 
 def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation, run_log: RunLog) -> None:
-    """At the end: the table of the selecting network, all figures, pictures, and where everything lies."""
+    """At the end: log the table of the selecting network and all paths; write all figures and pictures."""
     config, names = run.config, evaluation.catalog.class_names
-    name, matrix = next(iter(matrices.items()))
-    log.info("%s after the last epoch, in percent:\n%s", name, format_table(matrix, names))
-    everything = {
-        "protocol": {"epoch": run.epoch, "images": len(run.lists.val)} | evaluation.protocol.to_dict(),
-        "networks": {name: figures(matrix, names) for name, matrix in matrices.items()},
-    }
-    with replacing(config.log_dir / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    selecting = next(iter(matrices))
+    log.info("%s after the last epoch, in percent:\n%s", selecting, format_table(matrices[selecting], names))
+    protocol = {"epoch": run.epoch, "images": len(run.lists.val)} | evaluation.protocol.to_dict()
+    networks = {name: figures(matrix, names) for name, matrix in matrices.items()}
+    write_json(config.log_dir / "evaluation.json", {"protocol": protocol, "networks": networks})
     with _optional():
         _predictions(run, evaluation).save(config.log_dir / "predictions.png")
-        views = _views(run, evaluation, _extremes(last_scores(config.log_dir), run.lists.unlabeled))
-        if views is not None:
-            views.save(config.log_dir / "views.png")
+        sheet = _look(run, evaluation, last_scores(config.log_dir))
+        if sheet is not None:
+            sheet.save(config.log_dir / "views.png")
     log.info("pictures:     %s", ", ".join(map(str, sorted(config.log_dir.glob("*.png")))))
     log.info("checkpoints:  %s, %s", config.snapshot_dir / checkpoint.BEST, checkpoint.LAST)
     log.info("curves:       %s, training.csv, scores.csv", config.log_dir / "metrics.csv")
@@ -76,59 +70,59 @@ def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluatio
         log.info("TensorBoard:  tensorboard --logdir %s", config.log_dir / "tensorboard")
 
 
-def _extremes(scores: dict[str, tuple[int, float]], names: Sequence[str]) -> dict[int, str]:
-    """Captions of the unlabeled images whose last score was lowest and highest, by index."""
-    order = sorted(
-        (index for index, name in enumerate(names) if name in scores), key=lambda index: scores[names[index]][1]
-    )
-    chosen = [("hardest", index) for index in order[:_EXTREMES]]
-    chosen += [("easiest", index) for index in order[_EXTREMES:][: -_EXTREMES - 1 : -1]]
-    captions = {}
-    for kind, index in chosen:
-        epoch, score = scores[names[index]]
-        captions[index] = f"{names[index]}: {kind}, {score:.2f} in epoch {epoch}; here"
-    return captions
+def _chosen(names: list[str], scores: dict[str, tuple[int, float]]) -> dict[int, str]:
+    """Captions of the images with the lowest and the highest scores, or of a handful of images, by index."""
+    order = sorted((i for i, name in enumerate(names) if name in scores), key=lambda i: scores[names[i]][1])
+    if not order:
+        return {i: names[i] for i in spread(len(names), _HANDFUL)}
+    extremes = [("hardest", i) for i in order[:_EXTREMES]]
+    extremes += [("easiest", i) for i in order[_EXTREMES:][: -_EXTREMES - 1 : -1]]
+    return {i: "{0}: {3}, {2:.2f} in epoch {1}; here".format(names[i], *scores[names[i]], kind) for kind, i in extremes}
 
 
-def _views(run: Run, evaluation: Evaluation, captions: dict[int, str]) -> Image.Image | None:
-    """A sheet of unlabeled images by index, cropped and coloured the same way at every call."""
-    if run.data.unlabeled is None or not captions or not run.method.needs_unlabeled(run.epoch):
-        return None
+@torch.no_grad()
+def _look(run: Run, evaluation: Evaluation, scores: dict[str, tuple[int, float]]) -> Image.Image | None:
+    """What the method makes of some training images, cropped and coloured the same way at every call; None where it
+    has nothing to show.
+
+    Args:
+        scores: epoch and score of unlabeled images by name; those with extreme scores are shown.
+    """
+    lists, data, method = run.lists, run.data, run.method
+    progress = run.progress(max(0, run.epoch * len(data) - 1))  # of the last step
+    progress = progress._replace(generator=torch.Generator().manual_seed(run.seed))
+    uses = data.unlabeled is not None and method.needs_unlabeled(progress.epoch)
+    captions = _chosen(lists.unlabeled, scores) if uses else _chosen(lists.labeled, {})
+    beside = [i * len(lists.labeled) // len(captions) for i in range(len(captions))]
     try:
-        dataset = run.data.unlabeled.dataset
-        drawn = [dataset[Draw(index, (run.seed, _STREAM, index))] for index in captions]
+        batch = {"labeled": _draw(run, data.labeled, beside)}
+        if uses:
+            batch["unlabeled"] = _draw(run, data.unlabeled, captions)
     except DataError as error:
-        log.warning("no pictures of unlabeled images: %s", error)
+        log.warning("no pictures of training images: %s", error)
         return None
-    captions = [captions.get(int(sample["index"]), "in the place of a broken image") for sample in drawn]
-    samples, unsupervised = stacked(drawn), run.config.trainer.unsupervised
-    return views_sheet(
-        run.method,
-        samples["weak"].to(run.device),
-        samples["strong"].to(run.device) if "strong" in samples else None,
-        captions,
-        evaluation.normalise,
-        threshold=0.0 if unsupervised is None else unsupervised.threshold,
-        class_names=evaluation.catalog.class_names,
-        palette=evaluation.catalog.palette,
-        generator=torch.Generator().manual_seed(run.seed),
-    )
+    labeled, unlabeled = to_device(batch, evaluation.normalise, run.device)
+    with evaluating({"method": method}):
+        columns = method.look(labeled, unlabeled, progress)
+    shown = list(captions) if unlabeled is None else unlabeled.index.tolist()
+    texts = [captions.get(i, "in the place of a broken image") for i in shown]
+    return look_sheet(columns, texts, evaluation.normalise, evaluation.catalog)
+
+
+def _draw(run: Run, loader: DataLoader, indices: Iterable[int]) -> dict[str, Any]:
+    """A batch of these samples, the same at every call."""
+    return stacked([loader.dataset[Draw(i, (run.seed, _STREAM, i))] for i in indices])
 
 
 def _predictions(run: Run, evaluation: Evaluation) -> Image.Image:
     return prediction_sheet(
-        run.method.networks(),
-        evaluation.loader.dataset,
-        evaluation.normalise,
-        predictor=evaluation.predictor,
-        class_names=evaluation.catalog.class_names,
-        palette=evaluation.catalog.palette,
+        run.method.scored(), evaluation.loader.dataset, evaluation.normalise, evaluation.predictor, evaluation.catalog
     )
 
 
 @contextmanager
 def _optional() -> Iterator[None]:
-    """No run is lost for want of a picture."""
+    """Pictures that fail do not end the run."""
     try:
         yield
     except Exception:

@@ -1,11 +1,10 @@
-"""What a network says of images of any size: by windows, mirrored, resized, in memory that does not grow with height.
+"""Predictions of images of any size: by windows, mirrored, resized, in memory that does not grow with the height.
 
 Maps come as *bands*: tensors (B, C, h, W) of some full-width rows, from the top to the bottom of the image.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ log = logging.getLogger("imas")
 
 
 class Protocol(NamedTuple):
-    """How images are predicted. It stands beside every mIoU."""
+    """How images are predicted. Every reported mIoU names it."""
 
     window: int | None  # side in pixels, at least 2; None: one window as large as the image
     flip: bool = False  # average with the mirrored image
@@ -36,10 +35,9 @@ class Protocol(NamedTuple):
         return {"window": self.window, "stride": self.stride, "flip": self.flip, "scales": list(self.scales)}
 
     def __str__(self) -> str:
-        words = ["whole images" if self.window is None else f"windows of {self.window}, stride {self.stride}"]
-        words += ["flip"] if self.flip else []
-        words += [f"scales {' '.join(f'{scale:g}' for scale in self.scales)}"] if self.scales != (1.0,) else []
-        return ", ".join(words)
+        text = "whole images" if self.window is None else f"windows of {self.window}, stride {self.stride}"
+        text += ", flip" if self.flip else ""
+        return text + ("" if self.scales == (1.0,) else ", scales" + "".join(f" {scale:g}" for scale in self.scales))
 
 
 @torch.no_grad()
@@ -48,11 +46,10 @@ def window_bands(model: Callable[[Tensor], Any], images: Tensor, crop: int | Non
 
     Windows of ``crop`` × ``crop`` start at 0, stride, 2·stride, ... while inside the image, stride = int(crop·2/3);
     the last ones are cut short by the border. Rows that no further window touches make a band, which is valid until
-    the next one is asked for: in memory are min(crop, H) · W · C numbers, whatever H is, and what one window needs.
+    the next one is asked for. So the sum takes min(crop, H) · W · C numbers of memory, on the device of ``images``.
 
     Args:
-        model: gives logits (B, C, h, w) of any window, or a tuple that begins with them, on any device. The sum lies
-            on the device of ``images``.
+        model: gives logits (B, C, h, w) of any window, or a tuple that begins with them, on any device.
         crop: window side in pixels, at least 2; None for one window as large as the image.
     """
     height, width = images.shape[-2:]
@@ -61,11 +58,13 @@ def window_bands(model: Callable[[Tensor], Any], images: Tensor, crop: int | Non
     for top in range(0, height, stride):
         bottom = min(top + crop, height)
         for left in range(0, width, stride):
-            probabilities = _softmax(model(images[..., top:bottom, left : left + crop])).to(images.device)
+            output = model(images[..., top:bottom, left : left + crop])
+            logits = output[0] if isinstance(output, tuple) else output
+            probabilities = logits.float().softmax(dim=1).to(images.device)
             if total is None:
                 total = probabilities.new_zeros(len(images), probabilities.shape[1], bottom, width)
             total[..., : bottom - top, left : left + crop] += probabilities
-            del probabilities  # which else stays while the next window is predicted
+            del output, logits, probabilities  # or they would use memory while the next window is predicted
         done = min(stride, height - top)
         yield total[..., :done, :]
         kept = bottom - top - done  # at most ``done``, since windows overlap by no more than a stride
@@ -73,12 +72,8 @@ def window_bands(model: Callable[[Tensor], Any], images: Tensor, crop: int | Non
         total[..., kept:, :] = 0
 
 
-def _softmax(output: Any) -> Tensor:
-    return (output[0] if isinstance(output, tuple) else output).float().softmax(dim=1)
-
-
 def protocol_bands(model: Callable[[Tensor], Any], images: Tensor, protocol: Protocol) -> Iterator[Tensor]:
-    """Bands as ``window_bands`` has them, of all views of a protocol: the largest of a pixel's C numbers is its class,
+    """Bands as of ``window_bands``, of all views of a protocol: the largest of a pixel's C numbers is its class,
     divided by their sum it is the mean probability of that class.
 
     A view is the image in one of the scales: side lengths round(scale · side), bilinear with antialiasing, as training
@@ -87,55 +82,38 @@ def protocol_bands(model: Callable[[Tensor], Any], images: Tensor, protocol: Pro
     image and a band of its own in memory.
     """
     if protocol.scales == (1.0,) and not protocol.flip:
-        return window_bands(model, images, protocol.window)
+        yield from window_bands(model, images, protocol.window)
+        return
     mirrored = (False, True) if protocol.flip else (False,)
-    return _mean([_view(model, images, protocol.window, scale, flip) for scale in protocol.scales for flip in mirrored])
+    for bands in zip(*(_view(model, images, protocol, scale, flip) for scale in protocol.scales for flip in mirrored)):
+        yield sum(bands) / len(bands)
 
 
 @torch.no_grad()
 def _view(
-    model: Callable[[Tensor], Any], images: Tensor, crop: int | None, scale: float, flip: bool
+    model: Callable[[Tensor], Any], images: Tensor, protocol: Protocol, scale: float, flip: bool
 ) -> Iterator[Tensor]:
-    size = images.shape[-2:]
-    scaled = tuple(max(1, round(scale * side)) for side in size)
-    if scaled != size:
-        images = F.interpolate(images, scaled, mode="bilinear", antialias=True)
-    bands = window_bands(model, images.flip(-1) if flip else images, crop)
-    means = (band / band.sum(dim=1, keepdim=True) for band in bands)
-    straight = (band.flip(-1) for band in means) if flip else means
-    return straight if scaled == size else _resized(straight, scaled[0], size)
-
-
-def _resized(bands: Iterator[Tensor], rows: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """``F.interpolate(map, size, mode="bilinear")`` of a map of so many rows that comes in bands."""
-    height, width = size
-    position = ((torch.arange(height) + 0.5) * rows / height - 0.5).clamp(0, rows - 1)
-    above = position.long()
-    below = (above + 1).clamp(max=rows - 1)
-    share = (position - above).view(-1, 1)
-    first = done = 0  # row of the source that ``waiting`` begins with; rows of the result that have been given
-    waiting: Tensor | None = None
-    for band in bands:
-        band = F.interpolate(band, (band.shape[-2], width), mode="bilinear")
-        waiting = band if waiting is None else torch.cat([waiting, band], dim=-2)
-        ready = int((below < first + waiting.shape[-2]).sum())
-        if ready > done:
-            pair = ((row[done:ready] - first).to(band.device) for row in (above, below))
-            upper, lower = (waiting.index_select(-2, index) for index in pair)
-            yield upper.lerp_(lower, share[done:ready].to(band.device))
-        if ready < height:
-            passed = min(int(above[ready]) - first, waiting.shape[-2])
-            waiting, first, done = waiting[..., passed:, :], first + passed, ready
-
-
-def _mean(maps: list[Iterator[Tensor]]) -> Iterator[Tensor]:
-    """The mean of maps whose bands have different heights."""
-    waiting = [next(bands) for bands in maps]
-    while waiting[0] is not None:
-        rows = min(band.shape[-2] for band in waiting)
-        yield sum(band[..., :rows, :] for band in waiting) / len(waiting)
-        rest = [band[..., rows:, :] for band in waiting]
-        waiting = [band if band.shape[-2] else next(bands, None) for band, bands in zip(rest, maps)]
+    """Mean probabilities of one view, resized to the image, in bands of ``protocol.stride`` rows."""
+    height, width = images.shape[-2:]
+    rows, columns = (max(1, round(scale * side)) for side in (height, width))
+    stride = protocol.stride or height
+    if (rows, columns) != (height, width):
+        images = F.interpolate(images, (rows, columns), mode="bilinear", antialias=True)
+    bands = window_bands(model, images.flip(-1) if flip else images, protocol.window)
+    held, first = images[:, :0, :0], 0  # rows of the view in the image's width, and the number of the first of them
+    for top in range(0, height, stride):
+        # As F.interpolate, which needs the whole map at once.
+        position = (torch.arange(top, min(top + stride, height)) + 0.5) * (rows / height) - 0.5
+        position = position.clamp(0, rows - 1)
+        above, below = position.long(), position.ceil().long()
+        while first + held.shape[-2] <= below[-1]:
+            band = next(bands)
+            band = band / band.sum(dim=1, keepdim=True)
+            band = F.interpolate(band.flip(-1) if flip else band, (band.shape[-2], width), mode="bilinear")
+            held = torch.cat([held, band], dim=-2) if held.numel() else band
+        held, first = held[..., int(above[0]) - first :, :], int(above[0])
+        upper, lower = (held.index_select(-2, (row - first).to(held.device)) for row in (above, below))
+        yield upper.lerp_(lower, (position - above).view(-1, 1).to(held.device))
 
 
 def labels(bands: Iterator[Tensor]) -> Tensor:
@@ -145,26 +123,26 @@ def labels(bands: Iterator[Tensor]) -> Tensor:
 
 def labels_and_confidence(bands: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     """The likeliest class of every pixel, (B, H, W) uint8, and its mean probability, float32 in [0, 1]."""
-    classes, confidences = zip(*map(_class_and_confidence, bands))
-    return torch.cat(classes, dim=-2), torch.cat(confidences, dim=-2)
-
-
-def _class_and_confidence(band: Tensor) -> tuple[Tensor, Tensor]:
-    largest, number = band.max(dim=1)
-    return number.byte(), largest / band.sum(dim=1)
+    pairs = []
+    for band in bands:
+        largest, classes = band.max(dim=1)
+        pairs.append((classes.byte(), largest / band.sum(dim=1)))
+    classes, confidence = (torch.cat(parts, dim=-2) for parts in zip(*pairs))
+    return classes, confidence
 
 
 class Predictor:
-    """Predicts by a protocol, with the image and its sum of probabilities where they fit.
+    """Predicts by a protocol, on a device that may be too small for a whole image.
 
     Args:
         device: of the networks.
-        accumulate: ``device``: there, too, but on the CPU for images for which the device is too small; or ``cpu``.
+        accumulate: ``device``: probabilities are summed there, or on the CPU for images for which it is too small;
+            ``cpu``: always on the CPU.
     """
 
     def __init__(self, protocol: Protocol, device: torch.device, accumulate: str = "device") -> None:
         self.protocol, self.device, self.accumulate = protocol, device, accumulate
-        self._said = False
+        self._warned = False
 
     def __call__(self, network: nn.Module, images: Tensor, reduce: Callable[[Iterator[Tensor]], Any] = labels) -> Any:
         """``reduce`` of the bands that the network gives of normalised images (B, 3, H, W).
@@ -172,27 +150,17 @@ class Predictor:
         Raises:
             UserError: the device is too small for a single window.
         """
-
-        def on(place: torch.device | str) -> Any:
-            bands = protocol_bands(lambda window: network(window.to(self.device)), images.to(place), self.protocol)
-            return reduce(bands)
-
-        if self.accumulate == "device":
-            with contextlib.suppress(torch.OutOfMemoryError):
-                return on(self.device)
-            self._say_once(images)
-        try:
-            return on("cpu")
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{self.device} is too small for a window of {len(images)} image(s) ({self.protocol}): take smaller "
-                "windows (--set dataset.val.crop.size=N) or fewer images at once (--set dataset.val.batch_size=1)"
-            ) from None
-
-    def _say_once(self, images: Tensor) -> None:
-        if not self._said:
-            height, width = images.shape[-2:]
-            log.warning(
-                "%d×%d pixels are too many for %s: such images are summed on the CPU", width, height, self.device
-            )
-            self._said = True
+        for on_device in (True, False) if self.accumulate == "device" else (False,):
+            try:
+                placed = images.to(self.device if on_device else "cpu")
+                return reduce(protocol_bands(lambda window: network(window.to(self.device)), placed, self.protocol))
+            except torch.OutOfMemoryError:
+                placed = None
+            if on_device and not self._warned:
+                size = f"{images.shape[-1]}×{images.shape[-2]}"
+                log.warning("%s pixels are too many for %s: such images are summed on the CPU", size, self.device)
+                self._warned = True
+        raise UserError(
+            f"{self.device} is too small for a window of {len(images)} image(s) ({self.protocol}): take smaller "
+            "windows (--set dataset.val.crop.size=N) or fewer images at once (--set dataset.val.batch_size=1)"
+        )
