@@ -20,8 +20,8 @@ from imas.schema import Config
 
 from . import plain_step
 from .clock import Clock
-from .step_ops import TWIN
 
+TWIN, FAITHFUL = "plain twin", "ours"
 ROOT = Path(__file__).parents[1] / "exps"
 _LARGEST = ("dataset.train.hardness_aware.trigger_cutmix=false", "trainer.unsupervised.use_cutmix_trigger_prob=1.0")
 RECIPES = {

@@ -65,7 +65,9 @@ def _leaves(section: dict) -> list[tuple[dict, str]]:
 def _kind(path: Path) -> str:
     config = load_config(path)
     train = dataclasses.replace(config.dataset.train, data_list=None, unlabeled_list=None, batch_size=2)
-    return repr((dataclasses.replace(config.dataset, train=train, n_sup=None), config.net, config.criterion, config.options))
+    return repr(
+        (dataclasses.replace(config.dataset, train=train, n_sup=None), config.net, config.criterion, config.options)
+    )
 
 
 KINDS = list({_kind(path): path for path in CONFIGS}.values())

@@ -81,9 +81,8 @@ def read(path: str | Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"checkpoint {error}") from None
     if not isinstance(state, dict) or not network_names(state):
-        raise UserError(
-            f"{path}: not a training checkpoint; expected a dict with the state of a network ({', '.join(STATE_KEYS.values())})"
-        )
+        keys = ", ".join(STATE_KEYS.values())
+        raise UserError(f"{path}: not a training checkpoint; expected a dict with the state of a network ({keys}, ...)")
     return state
 
 
@@ -100,8 +99,8 @@ def network_names(state: dict[str, Any]) -> list[str]:
 
 
 def method_states(method: Method) -> dict[str, dict[str, Any]]:
-    """All that a method has to be resumed with: its networks' states under their keys, and ``method_state``, which holds
-    what is in none of them.
+    """The state that a method is resumed with: its networks' states under their keys, and ``method_state``, which holds
+    the rest.
     """
     networks = method.networks()
     prefixes = tuple(

@@ -91,7 +91,7 @@ class Session:
         return config
 
     def _resume(self, config: Config) -> str:
-        """A checkpoint file resumes the stage that it belongs to; the stages before and after it go on by themselves."""
+        """A checkpoint file resumes the stage that it belongs to; the other stages go on by themselves."""
         if not config.stage or self.resume in ("auto", "never"):
             return self.resume
         return self.resume if Path(self.resume).resolve().parent == config.snapshot_dir.resolve() else "auto"

@@ -1,124 +1,152 @@
-"""What the page of a run shows, section by section; a section without anything to show is not there."""
+"""What the page of a run shows, section by section. A section with nothing to show is left out."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections import defaultdict
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import yaml
 
 from ..errors import UserError
 from ..files import replacing
-from .charts import Line, number, sparkline
-from .curves import Runs, over_epochs, pseudo_labels
-from .markup import Markup, document, folded, heading, label, picture, table
-from .records import Curve, Record, Scores, read_records
+from .markup import Line, Markup, chart, document, legend, number, picture, table
+from .records import NETWORK_NAMES, Curve, Record, read_records
 
+Runs = Sequence[Record]
+
+_NONE = Curve([], [])
 _EXTREMES = 8  # of the hardest and of the easiest images
-_WORDS = {"iou": "IoU", "accuracy": "accuracy"}
-_NETWORKS = (("teacher", "miou_tea"), ("student", "miou_stu"))  # the first that a run has selects its best checkpoint
+_GENERAL = ("dataset", "trainer", "net", "criterion", "saver")  # sections of a recipe; the other one names the method
+# Titles of charts, in their order. Columns whose first word is listed here share a chart; others get their own.
+_CHARTS = {
+    "loss_lb": "Supervised loss",
+    "loss_ub": "Unsupervised loss",
+    "miou": "mIoU in percent, the best marked",
+    "score": "Scores of unlabeled images: median, quartiles, 5 to 95 %",
+    "pseudo": "Confident pixels ρ, share of all",
+    "agreement": "Pixels on which the networks agree, share of all",
+    "lr": "Learning rates",
+    "decay": "Decay of the moving average",
+    "seconds": "Seconds per iteration, and of them waiting for data",
+    "memory_mib": "Memory at its peak, MiB",
+}
+_FROM_ZERO = ("loss", "lr", "seconds", "pseudo", "memory", "score")
 
 
 def write(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of one run, or of several side by side.
+    """Write the page of one run, or of several side by side, and the pages of their stages.
 
     Args:
-        runs: folders that hold ``log/``, or log folders.
+        runs: folders that contain ``log/``, or log folders.
         out: the file to write; by default ``log/report.html`` of one run, ``report.html`` here for several.
 
     Returns:
         The file that was written.
 
     Raises:
-        UserError: a folder that holds no run, a file in it that is none of ours, or nowhere to write to.
+        UserError: a folder without a run, a file of another format in it, or ``out`` cannot be a file.
     """
     records = read_records(runs)
-    if out is None:
-        out = records[0].folder / "report.html" if len(records) == 1 else Path("report.html")
+    out = out or (records[0].folder / "report.html" if len(records) == 1 else Path("report.html"))
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: expected a file to write, in a folder that exists")
-    with replacing(out) as temporary:
-        temporary.write_text(page(records), encoding="utf-8")
+    _write(records, out)
     return out
 
 
-def page(runs: Runs) -> str:
-    """The page as text; the same runs give the same text."""
-    sections: tuple[tuple[str, Callable[[Runs], str]], ...] = (
-        ("", _head),
-        ("", _warnings),
-        ("Summary", _summary),
-        ("What differs between the recipes", _differences),
-        ("Curves", over_epochs),
-        ("Pseudo labels of each class", pseudo_labels),
-        ("Evaluation of each class, in percent", _evaluation),
-        ("The hardest and the easiest unlabeled images", _images),
-        ("Validation images", lambda runs: _pictures(runs, "predictions.png", "image, truth and predictions")),
-        ("Recipe", _recipes),
-        ("Environment", _environment),
-        ("TensorBoard", _tensorboard),
-    )
-    parts = []
-    for title, section in sections:
-        if content := section(runs):
-            parts.append(f"<section>{title and f'<h2>{title}</h2>'}{content}</section>")
-    return document(f"{', '.join(run.name for run in runs)} – iMAS", "\n".join(parts))
-
-
-def _head(runs: Runs) -> str:
-    if len(runs) == 1:
-        return f"<h1>{escape(runs[0].name)}</h1><p>{_in_words(runs[0])}</p>"
-    lines = (f"<p>{label(run)} · {_in_words(run)}</p>" for run in runs)
-    return f"<h1>{len(runs)} runs side by side</h1>{''.join(lines)}"
+def _write(runs: Runs, out: Path) -> None:
+    for stage in (stage for run in runs for stage in run.stages):
+        _write([stage], stage.folder / "report.html")
+    recipes = [(f"{run.name}: config.yaml", run.recipe) for run in runs if run.recipe]
+    starts = [(f"{run.name}: started {start.get('started')}", start) for run in runs for start in run.starts]
+    boards = [shlex.quote(str(run.folder / "tensorboard")) for run in runs if (run.folder / "tensorboard").is_dir()]
+    sections = {
+        "Summary": _summary(runs),
+        "Stages": "".join(_stages(run, out) for run in runs),
+        "What differs between the recipes": _differences(runs),
+        "Curves": _curves(runs),
+        "Pseudo labels of each class": _pseudo_labels(runs),
+        "Evaluation of each class, in percent": _evaluation(runs),
+        "The hardest and the easiest unlabeled images": _images(runs),
+        "Validation images": _pictures(runs, "predictions.png", "image, truth and predictions"),
+        "Recipe": "".join(_folded(*recipe) for recipe in recipes),
+        "Environment": "".join(_folded(*start) for start in starts),
+        "TensorBoard": "".join(f"<pre>tensorboard --logdir {escape(board)}</pre>" for board in boards),
+    }
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
+    body = f"<h1>{escape(title)}</h1>" + "".join(f"<p>{_label(run)} {_in_words(run)}</p>" for run in runs)
+    warnings = [(run, f"epoch {epoch}: {text}") for run in runs for epoch, text in run.warnings]
+    items = "".join(f"<li>{_label(run)} {escape(text)}</li>" for run, text in warnings)
+    body += items and f'<ul class="warnings">{items}</ul>'
+    body += "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections.items() if content)
+    with replacing(out) as temporary:
+        temporary.write_text(document(f"{', '.join(run.name for run in runs)} – iMAS", body), encoding="utf-8")
 
 
 def _in_words(run: Record) -> str:
-    """Method, date, and the best mIoU with its protocol."""
-    known = [_get(run.recipe, "method"), f"started {_started(run)}", f"{run.epochs} epochs done"]
-    text = " · ".join(escape(str(part)) for part in known if part)
-    for network, column in _NETWORKS:
-        if column in run.curves:
-            best, epoch = _best(run.curves[column])
-            said = "; ".join(filter(None, (f"{network}, epoch {epoch}", _protocol(run))))
-            return f"{text} · <strong>best mIoU {best:.2f} %</strong> ({escape(said)})"
-    return f"{text} · not evaluated yet"
-
-
-def _warnings(runs: Runs) -> str:
-    lines = [(run, epoch, text) for run in runs for epoch, text in run.warnings]
-    items = (f"<li>{label(run)} epoch {escape(epoch)}: {escape(text)}</li>" for run, epoch, text in lines)
-    return f'<ul class="warnings">{"".join(items)}</ul>' if lines else ""
+    """Method, date, progress, and the best mIoU with its protocol."""
+    facts = _facts(run)
+    started = facts["started"] and f"started {facts['started']}"
+    done = f"{run.epochs} epochs done" if run.epochs or not run.stages else f"{len(run.stages)} stages"
+    text = " · ".join(escape(part) for part in (facts["method"], started, done) if part)
+    for network, curve in run.miou.items():
+        source = "; ".join(filter(None, (f"{network}, epoch {curve.best[1]}", facts["mIoU measured on"])))
+        return f"{text} · <strong>best mIoU {curve.best[0]:.2f} %</strong> ({escape(source)})"
+    return text if run.stages else f"{text} · not evaluated yet"
 
 
 def _summary(runs: Runs) -> str:
-    questions: dict[str, Callable[[Record], Any]] = {
-        "method": lambda run: _get(run.recipe, "method"),
-        "data set": lambda run: _get(run.recipe, "dataset.type"),
-        "encoder": lambda run: _get(run.recipe, "net.encoder.type"),
-        "images": lambda run: ", ".join(f"{count} {name}" for name, count in _lists(run).items()) or None,
-        "epochs": lambda run: f"{run.epochs} of {_get(run.recipe, 'trainer.epochs') or '?'}",
-        "best mIoU, teacher": lambda run: _in_figures(run, "miou_tea"),
-        "best mIoU, student": lambda run: _in_figures(run, "miou_stu"),
-        "mIoU measured on": _protocol,
-        "seconds per iteration": _speed,
-        "memory at its peak": _memory,
-        "seed": lambda run: _start(run, "seed"),
-        "total batch": lambda run: _start(run, "total_batch"),
-        "processes": lambda run: _start(run, "processes"),
-        "devices": lambda run: ", ".join(dict.fromkeys(map(str, _start(run, "devices") or []))) or None,
-        "commit": lambda run: re.sub(r"([0-9a-f]{12})[0-9a-f]*", r"\1", str(_start(run, "git") or "")),
-        "started": _started,
-        "starts": lambda run: len(run.starts) or None,
+    facts = [_facts(run) for run in runs]
+    questions = dict.fromkeys(question for each in facts for question, answer in each.items() if answer)
+    rows = [(question, *(each.get(question) or None for each in facts)) for question in questions]
+    return table(["", *map(_label, runs)], rows) if rows else ""
+
+
+def _facts(run: Record) -> dict[str, Any]:
+    """The rows of the summary; empty or None where nothing is known."""
+    start, recipe = run.starts[-1] if run.starts else {}, _flat(run.recipe)
+    lists = {name: entry["images"] for name, entry in (start.get("lists") or {}).items()}
+    protocol = {name: value for name, value in run.evaluation.get("protocol", {}).items() if name != "epoch"}
+    protocol = protocol or {"images": lists.get("val"), "window": recipe.get("dataset.val.crop.size")}
+    facts = {
+        "method": run.recipe.get("method") or ", ".join(key for key in run.recipe if key not in _GENERAL),
+        "data set": recipe.get("dataset.type"),
+        "encoder": recipe.get("net.encoder.type"),
+        "images": ", ".join(f"{count} {name}" for name, count in lists.items()),
+        "epochs": f"{run.epochs} of {recipe.get('trainer.epochs', '?')}" if run.epochs or not run.stages else "",
+        **{key.replace("_", " "): str(start.get(key, "")) for key in ("seed", "total_batch", "processes")},
+        "devices": ", ".join(dict.fromkeys(map(str, start.get("devices") or []))),
+        "commit": re.sub("([0-9a-f]{12})[0-9a-f]*", r"\1", str(start.get("git") or "")),
+        "started": str(run.starts[0].get("started", ""))[:16].replace("T", " ") if run.starts else "",
+        "starts": len(run.starts),
+        "mIoU measured on": ", ".join(f"{k} {v}" for k, v in protocol.items() if v not in (None, False, [1.0])),
     }
-    answers = [(question, [answer(run) for run in runs]) for question, answer in questions.items()]
-    rows = [(question, *values) for question, values in answers if any(value not in (None, "") for value in values)]
-    return table(_header(runs), rows)
+    if seconds := sum(run.curves.get("seconds", _NONE).values):
+        waiting = sum(run.curves.get("seconds_waiting", _NONE).values) / seconds
+        mean = number(seconds / len(run.curves["seconds"].values))
+        facts["seconds per iteration"] = f"{mean} ({100 * waiting:.0f} % waiting for data)"
+    if "memory_mib" in run.curves:
+        facts["memory at its peak"] = f"{run.curves['memory_mib'].best[0]:,.0f} MiB"
+    for network, curve in run.miou.items():
+        best, epoch = curve.best
+        facts[f"best mIoU, {network}"] = f"{best:.2f} % in epoch {epoch} (last {curve.values[-1]:.2f} %)"
+    return facts
+
+
+def _stages(run: Record, out: Path) -> str:
+    items = ""
+    for stage in run.stages:
+        page = Path(os.path.relpath(stage.folder / "report.html", out.parent.resolve())).as_posix()
+        items += f'<li><a href="{quote(page)}">{escape(stage.name)}</a>: {_in_words(stage)}</li>'
+    return items and f"<h3>{_label(run)}</h3><ul>{items}</ul>"
 
 
 def _differences(runs: Runs) -> str:
@@ -126,154 +154,141 @@ def _differences(runs: Runs) -> str:
         return ""
     recipes = [_flat(run.recipe) for run in runs]
     keys = sorted(dict.fromkeys(key for recipe in recipes for key in recipe), key=lambda key: "." in key)
-    values = {key: [recipe.get(key) for recipe in recipes] for key in keys}
-    differing = {key: row for key, row in values.items() if any(value != row[0] for value in row)}
-    rows = [(Markup(escape(key).replace(".", ".<wbr/>")), *row) for key, row in differing.items()]
-    return table(_header(runs), rows) if rows else "<p>Nothing: the recipes are equal.</p>"
+    rows = [(key, *(recipe.get(key) for recipe in recipes)) for key in keys]
+    rows = [row for row in rows if any(value != row[1] for value in row[2:])]
+    return table(["", *map(_label, runs)], rows) if rows else "<p>Nothing: the recipes are equal.</p>"
+
+
+def _curves(runs: Runs) -> str:
+    """A chart of every column of the CSV files, except those of single classes."""
+    groups: dict[str, list[Line]] = {"score": [line for run in runs for line in _distribution(run)]}
+    dashes: dict[str, dict[str, int]] = defaultdict(dict)  # of the columns of a group, equal in all runs
+    for run in runs:
+        for column, curve in run.curves.items():
+            word = column.partition("_")[0]
+            if "/" in column or word == "score" or column.partition("-")[0] == "best":
+                continue
+            group = word if word in _CHARTS else column
+            role = column.removeprefix(group).strip("_")
+            dash = dashes[group].setdefault(column, len(dashes[group]))
+            name = _line_name(run, NETWORK_NAMES.get(role, role))
+            groups.setdefault(group, []).append(Line(*curve, run.colour, dash, name, group == "miou"))
+    figures, words = "", [group.partition("_")[0] for group in _CHARTS]
+    for group in sorted(groups, key=lambda group: [*words, group.partition("_")[0]].index(group.partition("_")[0])):
+        if lines := groups[group]:
+            title, zero = _CHARTS.get(group, group.replace("_", " ")), [0.0] * group.startswith(_FROM_ZERO)
+            svg = chart(lines, title=title, epochs=_epochs(runs), include=zero)
+            figures += f"<figure><figcaption>{escape(title)}</figcaption>{legend(lines)}{svg}</figure>"
+    nothing = "" if any(run.stages for run in runs) else "<p>No epoch is done yet.</p>"
+    return f'<div class="charts">{figures}</div>' if figures else nothing
+
+
+def _distribution(run: Record) -> list[Line]:
+    """Median and spread of the scores in every epoch."""
+    scores = defaultdict(list)
+    for curve in run.scores.values():
+        for epoch, value in zip(*curve):
+            scores[epoch].append(value)
+    if not scores:
+        return []
+    spread = [np.quantile(scores[epoch], (0.05, 0.25, 0.5, 0.75, 0.95)) for epoch in sorted(scores)]
+    lowest, low, middle, high, highest = np.array(spread).T.tolist()
+    areas = ((lowest, highest), (low, high))
+    return [Line(sorted(scores), middle, run.colour, 0, _line_name(run, "median"), areas=areas)]
+
+
+def _pseudo_labels(runs: Runs) -> str:
+    """For each class, its share of the pseudo labels, and how much of it is confident enough to be trained on."""
+    figures = ""
+    for column in dict.fromkeys(column for run in runs for column in run.curves if column.startswith("predicted/")):
+        name = column.partition("/")[2]
+        lines, texts = [], ""
+        for run in (run for run in runs if column in run.curves):
+            predicted, share = run.curves[column], run.curves[column].values[-1]
+            lines.append(Line(*predicted, run.colour, 1))
+            texts += f'<p class="quiet">{_label(run)} {number(100 * share)} %'
+            if labeled := run.curves.get(f"labeled/{name}"):
+                texts += f" (labeled {number(100 * float(np.mean(labeled.values)))} %)"
+            if confident := run.curves.get(f"confident/{name}"):
+                area = ([0.0] * len(confident.epochs), confident.values)
+                lines.append(Line(*confident, run.colour, areas=[area]))
+                texts += f", {number(100 * confident.values[-1] / share)} % pass" if share else ""
+            texts += "</p>"
+        svg = chart(lines, title=f"pixels of {name}", epochs=_epochs(runs), include=[0.0], small=True)
+        figures += f"<figure><figcaption>{escape(name)}</figcaption>{svg}{texts}</figure>"
+    note = (
+        "Each class has its own scale. Dashed: share of the pixels of the unlabeled crops with this pseudo label. "
+        "Filled: those that pass the threshold. Figures: of the last epoch; the class's share of the labeled crops."
+    )
+    return figures and f'<p class="quiet">{note}</p><div class="small">{figures}</div>'
 
 
 def _evaluation(runs: Runs) -> str:
     """IoU and, of a single run, accuracy of each network, and each class's share of the true pixels."""
-    columns = [(run, name, figures) for run in runs for name, figures in run.evaluation.get("networks", {}).items()]
-    if not columns:
-        return ""
-    kinds = ("iou", "accuracy") if len(runs) == 1 else ("iou",)
-    header, shares = ["class"], []
-    for run, name, figures in columns:
-        whose = f"{label(run)}<br/>" if label(run) else ""
-        header += [Markup(f"{whose}{escape(name)} {_WORDS[kind]}") for kind in kinds]
-        if figures.get("pixels") not in (None, *shares):  # the same for all networks, and for all runs on one list
-            shares.append(figures["pixels"])
-    header += ["pixels"] * len(shares)
+    networks = [(run, name, figures) for run in runs for name, figures in run.evaluation.get("networks", {}).items()]
+    kinds = {"iou": "IoU", "accuracy": "accuracy"} if len(runs) == 1 else {"iou": "IoU"}
+    header = [f"{_label(run)} {escape(name)} {word}".strip() for run, name, _ in networks for word in kinds.values()]
     rows: list[list[Any]] = []
-    for name in dict.fromkeys(name for _, _, figures in columns for name in figures.get("iou", {})):
-        cells = [_percent(figures.get(kind, {}).get(name)) for _, _, figures in columns for kind in kinds]
-        rows.append([name, *cells, *(_percent(share.get(name)) for share in shares)])
-    for title, means in (("mean", ("miou", "mean_accuracy")), ("by frequency", ("fwiou", "pixel_accuracy"))):
-        cells = [_percent(figures.get(mean)) for _, _, figures in columns for mean in means[: len(kinds)]]
-        rows.append([title, *cells, *[Markup("")] * len(shares)])
+    for name in dict.fromkeys(name for _, _, figures in networks for name in figures.get("iou", {})):
+        cells = [figures.get(kind, {}).get(name) for _, _, figures in networks for kind in kinds]
+        rows.append([name, *map(_percent, [*cells, networks[0][2].get("pixels", {}).get(name)])])
+    for title, means in {"mean": ("miou", "mean_accuracy"), "by frequency": ("fwiou", "pixel_accuracy")}.items():
+        cells = [figures.get(mean) for _, _, figures in networks for mean in means[: len(kinds)]]
+        rows.append([title, *map(_percent, cells), ""])
     note = '<p class="quiet">After the last epoch. By frequency: a class weighs as much as it has pixels.</p>'
-    return note + table(header, rows, numbers=True)
+    return note + table(["class", *map(Markup, header), "pixels"], rows, numbers=True) if networks else ""
 
 
 def _images(runs: Runs) -> str:
-    parts = []
-    for run in runs:
-        ranked = _ranked(run.scores)
+    parts = ""
+    for run in (run for run in runs if run.scores):
+        ranked = sorted(run.scores, key=lambda image: run.scores[image].values[-1])
         count = min(_EXTREMES, (len(ranked) + 1) // 2)
-        groups = {"hardest": ranked[:count], "easiest": ranked[count:][-count:][::-1]}
-        tables = [
-            f"<div>{_image_table(run, images, f'{title} first')}</div>"
-            for title, images in groups.items()
-            if len(images)
-        ]
-        if tables:
-            parts.append(f'{heading(run)}<div class="pair">{"".join(tables)}</div>')
+        parts += f'<h3>{_label(run)}</h3><div class="pair">'
+        for title, images in (("hardest first", ranked[:count]), ("easiest first", ranked[count:][-count:][::-1])):
+            header = ["image", "last score", "epoch", "since first", "trend, 0 to 1"]
+            rows = [_image(run, image) for image in images]
+            parts += table(header, rows, caption=title, numbers=True) if rows else ""
+        parts += "</div>"
     views = _pictures(runs, "views.png", "hardest and easiest unlabeled images, with their views")
     note = '<p class="quiet">The first three of each, as a step would have treated them at the end:</p>'
-    return "".join(parts) + (views and note + views)
+    return parts + (views and note + views)
 
 
-def _image_table(run: Record, images: Sequence[int], caption: str) -> str:
-    rows, scores = [], run.scores
-    ends = int(scores.epoch.min()), int(scores.epoch.max())
-    for image in images:
-        mine = run.scores.image == image
-        epochs, values = scores.epoch[mine].tolist(), scores.score[mine].tolist()
-        title = f"scores of {scores.names[image]}"
-        trend = sparkline([Line(epochs, values, run.place)], title=title, epochs=ends, high=1.0)
-        change = f"{values[-1] - values[0]:+.2f}" if len(values) > 1 else None
-        rows.append((scores.names[image], f"{values[-1]:.3f}", epochs[-1], change, trend))
-    return table(["image", "last score", "epoch", "since first", "trend, 0 to 1"], rows, caption=caption, numbers=True)
-
-
-def _ranked(scores: Scores) -> Sequence[int]:
-    """Images by their last score, the hardest first."""
-    last = np.full(len(scores.names), np.nan)
-    last[scores.image] = scores.score  # of several rows the last one stays
-    order = np.argsort(last, kind="stable")
-    return order[np.isfinite(last[order])].tolist()
+def _image(run: Record, image: str) -> tuple[Any, ...]:
+    """Its row in the table of scores."""
+    epochs, values = run.scores[image]
+    line, title = Line(epochs, values, run.colour), f"scores of {image}"
+    trend = Markup(chart([line], title=title, epochs=_epochs([run]), include=(0.0, 1.0), small=True))
+    return image, f"{values[-1]:.3f}", epochs[-1], f"{values[-1] - values[0]:+.2f}" if len(values) > 1 else None, trend
 
 
 def _pictures(runs: Runs, name: str, what: str) -> str:
-    shown = [run for run in runs if (run.folder / name).is_file()]
-    return "".join(heading(run) + picture(run.folder / name, f"{run.name}: {what}") for run in shown)
-
-
-def _recipes(runs: Runs) -> str:
-    texts = ((run, yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)) for run in runs if run.recipe)
-    return "".join(folded(f"{run.name}: config.yaml", f"<pre>{escape(text)}</pre>") for run, text in texts)
-
-
-def _environment(runs: Runs) -> str:
-    return "".join(
-        folded(f"{run.name}: started {start.get('started')}", table((), _flat(start).items()))
-        for run in runs
-        for start in run.starts
+    pictures = (
+        (run, picture(run.folder / name, f"{run.name}: {what}")) for run in runs if (run.folder / name).is_file()
     )
+    return "".join(f"<h3>{_label(run)}</h3>{image}" for run, image in pictures)
 
 
-def _tensorboard(runs: Runs) -> str:
-    folders = [run.folder / "tensorboard" for run in runs if (run.folder / "tensorboard").is_dir()]
-    lines = (f"<p><code>tensorboard --logdir {escape(shlex.quote(str(folder)))}</code></p>" for folder in folders)
-    return "".join(lines)
+def _folded(title: str, content: dict) -> str:
+    """Text that opens with a click."""
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 
-def _header(runs: Runs) -> list[Markup]:
-    return [Markup(""), *(label(run) for run in runs)]
+def _label(run: Record) -> Markup:
+    """The run's name in its colour, if there are several runs; otherwise nothing."""
+    return Markup("" if run.alone else f'<span class="run {run.colour}">{escape(run.name)}</span>')
 
 
-def _started(run: Record) -> str:
-    """The day and minute; where nothing tells, a time that is not before the last row."""
-    if run.starts:
-        return str(_start(run, "started", 0))[:16].replace("T", " ")
-    return datetime.fromtimestamp((run.folder / "metrics.csv").stat().st_mtime).strftime("before %Y-%m-%d %H:%M")
+def _line_name(run: Record, role: str) -> str:
+    return role if run.alone else f"{run.name} {role}".strip()
 
 
-def _best(curve: Curve) -> tuple[float, int]:
-    """The highest value, and the first epoch that has it."""
-    return max(zip(curve.values, curve.epochs), key=lambda pair: (pair[0], -pair[1]))
-
-
-def _in_figures(run: Record, column: str) -> str | None:
-    if column not in run.curves:
-        return None
-    best, epoch = _best(run.curves[column])
-    return f"{best:.2f} % in epoch {epoch} (last {run.curves[column].values[-1]:.2f} %)"
-
-
-def _speed(run: Record) -> str | None:
-    """Seconds, and how much of them went into waiting, as means over the epochs."""
-    if "seconds" not in run.curves:
-        return None
-    seconds = float(np.mean(run.curves["seconds"].values))
-    waiting = float(np.mean(run.curves["seconds_waiting"].values)) if "seconds_waiting" in run.curves else 0.0
-    return f"{number(seconds)} ({100 * waiting / seconds:.0f} % waiting for data)" if seconds else None
-
-
-def _memory(run: Record) -> str | None:
-    return f"{max(run.curves['memory_mib'].values):,.0f} MiB" if "memory_mib" in run.curves else None
-
-
-def _protocol(run: Record) -> str:
-    """How the mIoU was measured, as far as the folder tells."""
-    protocol = {name: value for name, value in run.evaluation.get("protocol", {}).items() if name != "epoch"}
-    if not protocol:
-        protocol = {"images": _lists(run).get("val"), "window": _get(run.recipe, "dataset.val.crop.size")}
-    return ", ".join(f"{name} {value}" for name, value in protocol.items() if value not in (None, False, [1.0]))
-
-
-def _lists(run: Record) -> dict[str, int]:
-    """How many images each list had in the last start."""
-    return {name: entry["images"] for name, entry in (_start(run, "lists") or {}).items()}
-
-
-def _start(run: Record, key: str, which: int = -1) -> Any:
-    return run.starts[which].get(key) if run.starts else None
-
-
-def _get(recipe: dict, key: str) -> Any:
-    return _flat(recipe).get(key)
+def _epochs(runs: Runs) -> tuple[int, int]:
+    """The first and the last epoch of the horizontal axis of every chart."""
+    curves = [curve.epochs for run in runs for curve in (*run.curves.values(), *run.scores.values())]
+    return min(epochs[0] for epochs in curves), max(epochs[-1] for epochs in curves)
 
 
 def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
