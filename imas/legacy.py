@@ -62,6 +62,9 @@ _IDLE = {
     "sup_only": ("trainer.sup_only_epoch", "net.ema_decay", "trainer.unsupervised", "dataset.train.hardness_aware"),
 }
 
+# The authors' baseline leaves out the last short batch of an epoch on Cityscapes, and trains on it on Pascal.
+_DROP_LAST = "dataset.train.drop_last"
+
 
 def method_of(raw: dict[str, Any]) -> str:
     """The method of a file that has no section of a method: its ``method`` key, or what its other keys tell."""
@@ -103,6 +106,10 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
         for key in _IDLE.get(method, ()):
             if _pop(raw, key) not in (MISSING, None):
                 remarks.append(f"{key}: means nothing to {method}")
+        sup_only = method == "sup_only" and get(raw, "dataset.type") == "cityscapes"
+        if sup_only and get(raw, _DROP_LAST) is MISSING and isinstance(get(raw, "dataset.train"), dict):
+            put(raw, _DROP_LAST, True)
+            remarks.append(f"{_DROP_LAST}: true, as the authors train on Cityscapes without unlabeled images")
     for key, today in _FORMER.get(method, {}).items():
         value, section = _pop(raw, key), today.rpartition(".")[0]
         if value is not MISSING:

@@ -62,6 +62,7 @@ class TrainData:
     unlabeled_list: str | None = None  # default: beside data_list, labeled.txt → unlabeled.txt
     batch_size: int = option(2, check=AT_LEAST_ONE)  # per process, labeled and again unlabeled
     epoch_size: int | None = option(None, check=AT_LEAST_ONE)  # images an epoch; default: one pass over the list
+    drop_last: bool = False  # leave out the last short batch of labeled images; always so with unlabeled ones
     flip: bool = False
     rand_resize: tuple[float, float] | None = option(None, check=RANGE)
     resize_base_size: int | tuple[int, int] | None = option(
@@ -117,7 +118,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Dataset:
-    type: Literal["pascal", "cityscapes", "folder", "shapes"] = option()
+    type: str = option()  # a name in DATASETS of data/catalog.py
     train: TrainData = option()
     val: ValData = option(ValData)
     shapes: Shapes = option(Shapes)
