@@ -132,6 +132,9 @@ def area_mask(batch: int, height: int, width: int, generator: torch.Generator, p
 
 def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
     """``base`` with each image's box taken from its partner: (B, …, H, W), (B,) int64, (B, H, W) bool."""
-    if base.ndim == 4:
-        mask = mask.unsqueeze(1)
-    return torch.where(mask, base[partner], base)
+    return put(base, base[partner], mask)
+
+
+def put(base: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
+    """``base`` with what ``patch`` has inside the mask: both (B, …, H, W), the mask (B, H, W) bool."""
+    return torch.where(mask.unsqueeze(1) if base.ndim == 4 else mask, patch, base)
