@@ -60,7 +60,7 @@ class FixMatch(Method):
             problems["dataset.train.strong_aug"] = f"missing; {config.method} trains on strong views: {{type: jitter}}"
         if train.batch_size < 2:
             problems["dataset.train.batch_size"] = (
-                f"expected at least 2, got {train.batch_size}: {config.method} pastes boxes of other images of the batch"
+                f"expected at least 2, got {train.batch_size}: {config.method} pastes boxes of other images of a batch"
             )
         return problems
 
