@@ -139,6 +139,7 @@ class OptimizerKwargs:
     lr: float = option(check=POSITIVE)  # of the encoder
     momentum: float = option(0.9, check=FRACTION)
     weight_decay: float = option(0.0, check=NOT_NEGATIVE)
+    decay: Literal["all", "convolutions"] = "all"  # what weight_decay is for: convolutions leaves out BatchNorm, biases
 
 
 @dataclass(frozen=True)

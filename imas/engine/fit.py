@@ -60,7 +60,9 @@ def fit(
     world = distributed.world_size()
     data = TrainingData(config, lists, seed, distributed.rank(), world)
     precision.prepare(method, config.trainer, device)
-    optimizer = build_optimizer(param_groups(method.trained()), config.trainer.optimizer, lr_factor(config, world))
+    options = config.trainer.optimizer
+    groups = param_groups(method.trained(), options.kwargs.decay)
+    optimizer = build_optimizer(groups, options, lr_factor(config, world))
     meter = Meter(catalog_of(config.dataset).class_names)
     description = provenance.describe(config, lists, seed, world)
     scaler = precision.make_scaler(config.trainer, device)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from .base import Method
+from .cps import CPS
 from .imas import IMAS
 from .sup_only import SupOnly
 
 METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
     "imas": IMAS,
     "sup_only": SupOnly,
+    "cps": CPS,
 }
 DEFAULT = "sup_only"  # of a file without such a section

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -130,8 +131,42 @@ def area_mask(batch: int, height: int, width: int, generator: torch.Generator, p
     return mask
 
 
-def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
-    """``base`` with each image's box taken from its partner: (B, …, H, W), (B,) int64, (B, H, W) bool."""
+def toggled_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> Tensor:
+    """Boxes of which each toggles what it covers, so that an overlap of two is outside again (CPS; spec, The mask).
+
+    With a share q and an exponent e a box is √(1/3)·q^e of the image high and √(1/3)·q^(1 − e) wide, rounded to whole
+    pixels. It always lies in the image.
+
+    Args:
+        share: (B, K) float64 of K boxes in each image, in (0, 1].
+        exponent: (B, K) float64 in [0, 1].
+        position: (B, K, 2) float64 in [0, 1]: of the box's top among all that are possible, and of its left side.
+
+    Returns:
+        (B, H, W) bool.
+    """
+    high = share**exponent
+    size = share.new_tensor([height, width])
+    sides = (torch.stack([high, share / high], dim=-1) * math.sqrt(1 / 3) * size).round()
+    first = ((size - sides) * position).round()
+    last = first + sides
+    rows, columns = (
+        (torch.arange(side) >= first[..., i, None]) & (torch.arange(side) < last[..., i, None])
+        for i, side in enumerate((height, width))
+    )  # (B, K, H) and (B, K, W)
+    return reduce(torch.logical_xor, (rows.unsqueeze(3) & columns.unsqueeze(2)).unbind(1))
+
+
+def toggled_mask(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Three ``toggled_boxes`` in each image, every share uniform in [0.25, 0.5]: (B, H, W) bool on the CPU."""
+    draws = torch.rand(batch, 3, 4, generator=generator, dtype=torch.float64)
+    return toggled_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:])
+
+
+def paste(base: Tensor, partner: Tensor, mask: Tensor, source: Tensor | None = None) -> Tensor:
+    """``base`` with each image's box taken from its partner in ``source``, by default in ``base`` as well:
+    (B, …, H, W), (B,) int64, (B, H, W) bool, (B, …, H, W).
+    """
     if base.ndim == 4:
         mask = mask.unsqueeze(1)
-    return torch.where(mask, base[partner], base)
+    return torch.where(mask, (base if source is None else source)[partner], base)
