@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .augseg import AugSeg
 from .base import Method
 from .cps import CPS
 from .imas import IMAS
@@ -10,6 +11,7 @@ from .sup_only import SupOnly
 METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
     "imas": IMAS,
     "sup_only": SupOnly,
+    "augseg": AugSeg,
     "cps": CPS,
 }
 DEFAULT = "sup_only"  # of a file without such a section

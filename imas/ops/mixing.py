@@ -77,9 +77,10 @@ def _truncated_normal(low: float, high: float, mean: float, uniform: float) -> f
     return min(max(drawn, low), high)
 
 
-def beta_side(generator: torch.Generator, concentration: float = 4.0) -> float:
-    """√(1 − λ) with λ ~ Beta(4, 4): the box side of the classic CutMix (spec, ``use_cutmix_beta``)."""
-    gammas = torch._standard_gamma(torch.full((2,), concentration, dtype=torch.float64), generator=generator)
+def beta_side(generator: torch.Generator, alpha: float = 4.0, beta: float = 4.0) -> float:
+    """√(1 − λ) with λ ~ Beta(α, β): the box side of the classic CutMix (spec, ``use_cutmix_beta``) and of AugSeg."""
+    concentrations = torch.tensor([alpha, beta], dtype=torch.float64)
+    gammas = torch._standard_gamma(concentrations, generator=generator)
     return math.sqrt(1 - (gammas[0] / gammas.sum()).item())
 
 
@@ -91,9 +92,15 @@ def cutmix_mask(
     A box is int(H·side) × int(W·side) around a centre that is uniform in [H//border, H) × [W//border, W),
     clipped to the image.
     """
+    rows = torch.randint(height // border, height, (batch,), generator=generator)
+    columns = torch.randint(width // border, width, (batch,), generator=generator)
+    return centred_boxes(height, width, side, rows, columns)
+
+
+def centred_boxes(height: int, width: int, side: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """The boxes of ``cutmix_mask`` around given centres, each (B,) int64; an odd side loses a pixel."""
     half_h, half_w = int(height * side) // 2, int(width * side) // 2
-    rows = torch.randint(height // border, height, (batch, 1, 1), generator=generator)
-    columns = torch.randint(width // border, width, (batch, 1, 1), generator=generator)
+    rows, columns = rows.view(-1, 1, 1), columns.view(-1, 1, 1)
     y = torch.arange(height).view(1, -1, 1)
     x = torch.arange(width).view(1, 1, -1)
     return (y >= rows - half_h) & (y < rows + half_h) & (x >= columns - half_w) & (x < columns + half_w)
