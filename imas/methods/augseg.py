@@ -151,13 +151,13 @@ class AugSeg(Method):
         box = labeled_box & injected.view(-1, 1, 1)
         label = labeled.label.masked_fill(labeled.label >= self.student.num_classes, _IGNORED)
         candidate = [
-            mixing.paste(strong, partner, box, labeled.image),
-            mixing.paste(pseudo.label, partner, box, label),
+            mixing.put(strong, labeled.image[partner], box),
+            mixing.put(pseudo.label, label[partner], box),
             pseudo.confidence.masked_fill(box, 1.0),
         ]
         # 6d: the images themselves, in which a patch is of the partner's candidate.
         image, label, confidence = (
-            mixing.paste(base, partner, unlabeled_box, source)
+            mixing.put(base, source[partner], unlabeled_box)
             for base, source in zip((strong, *pseudo), candidate, strict=True)
         )
         return Mixed(image, Prediction(label, confidence), injected)

@@ -52,7 +52,7 @@ class CPS(Method):
         if self.options.use_cutmix:
             # Steps 1 to 4: other images, masks, the mixed images and each network's labels of them.
             second, mask = self.draw(weak, progress.generator)
-            mixed = torch.where(mask.unsqueeze(1), second, weak)
+            mixed = mixing.put(weak, second, mask)
             labels = [self.mixed_labels(network, weak, second, mask) for network in networks]
             # Steps 5 and 6: separate forwards of the mixed and of the labeled images.
             taught = [network.coarse(mixed, aux=False)[0] for network in networks]
@@ -100,7 +100,7 @@ class CPS(Method):
         size = mask.shape[-2:]
         of_first, of_second = (predict(network.coarse(images, aux=False)[0], size).label for images in (first, second))
         torch.clear_autocast_cache()  # torch 2.6 would train on weights that were cast here, without a gradient
-        return torch.where(mask, of_second, of_first)
+        return mixing.put(of_first, of_second, mask)
 
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student, "student2": self.student2}
@@ -113,7 +113,7 @@ class CPS(Method):
         images = unlabeled.weak
         if self.options.use_cutmix:
             second, mask = self.draw(unlabeled.weak, progress.generator)
-            columns["CutMix view"] = images = torch.where(mask.unsqueeze(1), second, unlabeled.weak)
+            columns["CutMix view"] = images = mixing.put(unlabeled.weak, second, mask)
         training = self.training
         self.eval()
         with torch.no_grad():

@@ -170,10 +170,11 @@ def toggled_mask(batch: int, height: int, width: int, generator: torch.Generator
     return toggled_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:])
 
 
-def paste(base: Tensor, partner: Tensor, mask: Tensor, source: Tensor | None = None) -> Tensor:
-    """``base`` with each image's box taken from its partner in ``source``, by default in ``base`` as well:
-    (B, …, H, W), (B,) int64, (B, H, W) bool, (B, …, H, W).
-    """
-    if base.ndim == 4:
-        mask = mask.unsqueeze(1)
-    return torch.where(mask, (base if source is None else source)[partner], base)
+def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
+    """``base`` with each image's box taken from its partner: (B, …, H, W), (B,) int64, (B, H, W) bool."""
+    return put(base, base[partner], mask)
+
+
+def put(base: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
+    """``base`` with what ``patch`` has inside the mask: both (B, …, H, W), the mask (B, H, W) bool."""
+    return torch.where(mask.unsqueeze(1) if base.ndim == 4 else mask, patch, base)
