@@ -82,7 +82,13 @@ _OF_AUGSEG = (
 # Keys that former files may have although the method has no use for them.
 _IDLE = {
     "imas": ("dataset.train.strong_aug.labeled",),
-    "sup_only": ("trainer.sup_only_epoch", "net.ema_decay", "trainer.unsupervised", "dataset.train.hardness_aware"),
+    "sup_only": (
+        "trainer.sup_only_epoch",
+        "net.ema_decay",
+        "trainer.unsupervised",
+        "dataset.train.hardness_aware",
+        "dataset.train.strong_aug.flag_use_random_num_sampling",
+    ),
 }
 
 
