@@ -6,6 +6,7 @@ from .augseg import AugSeg
 from .base import Method
 from .cps import CPS
 from .imas import IMAS
+from .psmt import PSMT
 from .sup_only import SupOnly
 
 METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
@@ -13,5 +14,6 @@ METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
     "sup_only": SupOnly,
     "augseg": AugSeg,
     "cps": CPS,
+    "psmt": PSMT,
 }
 DEFAULT = "sup_only"  # of a file without such a section
