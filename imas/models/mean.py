@@ -16,6 +16,6 @@ class MeanOfLogits(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(networks)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images → (B, C, H, W) float32."""
-        return sum(network(images)[0] for network in self.networks) / len(self.networks)
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        """(B, 3, H, W) normalised images → (logits (B, C, H, W), None), as from a single network."""
+        return sum(network(images)[0] for network in self.networks) / len(self.networks), None
