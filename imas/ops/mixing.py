@@ -141,11 +141,11 @@ def area_mask(batch: int, height: int, width: int, generator: torch.Generator, p
 def share_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> Tensor:
     """Boxes of a share of the image's area, in any shape and place (CPS, PS-MT on Cityscapes).
 
-    Of K boxes, one with the share q and the exponent e is √(1/K)·q^e of the image high and √(1/K)·q^(1 − e) wide,
-    rounded to whole pixels. It always lies in the image.
+    With a share q and an exponent e a box is √(1/3)·q^e of the image high and √(1/3)·q^(1 − e) wide, rounded to whole
+    pixels. It always lies in the image.
 
     Args:
-        share: (B, K) float64, in (0, 1].
+        share: (B, K) float64 of K boxes in each image, in (0, 1].
         exponent: (B, K) float64 in [0, 1].
         position: (B, K, 2) float64 in [0, 1]: of the box's top among all that are possible, and of its left side.
 
@@ -154,7 +154,7 @@ def share_boxes(height: int, width: int, share: Tensor, exponent: Tensor, positi
     """
     high = share**exponent
     size = share.new_tensor([height, width])
-    sides = (torch.stack([high, share / high], dim=-1) * math.sqrt(1 / share.shape[1]) * size).round()
+    sides = (torch.stack([high, share / high], dim=-1) * math.sqrt(1 / 3) * size).round()
     first = ((size - sides) * position).round()
     last = first + sides
     rows, columns = (
