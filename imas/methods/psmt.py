@@ -84,13 +84,13 @@ class PSMT(Method):
             )
         if options.assist > config.net.num_classes:
             problems["psmt.assist"] = (
-                f"expected at most the {config.net.num_classes} classes, got {options.assist}; a third of them is what "
-                "the release takes"
+                f"expected at most the {config.net.num_classes} classes, got {options.assist}; the release takes a "
+                "third of them"
             )
         if options.vat.enabled and config.trainer.tf32:
             problems["trainer.tf32"] = (
-                "cannot be combined with psmt.vat: 10 bits of mantissa lose its small noise. Set this to false, or "
-                "psmt.vat.enabled"
+                "cannot be combined with psmt.vat, whose small step is lost in 10 bits of mantissa; set this to false, "
+                "or psmt.vat.enabled"
             )
         return problems
 
@@ -179,8 +179,8 @@ class PSMT(Method):
         aux_logits = self.student.auxiliary(x3) if aux else None
         if not self.options.vat.enabled:
             return self.student.classify(fused), aux_logits
-        # In float32 whatever autocast says: an entry of the noise is about a thousandth of one of the features, which
-        # bfloat16 and float16 would round away, in the student's classifier, too.
+        # In float32 whatever autocast says, the student's classifier, too: an entry of the noise is about a thousandth
+        # of one of the features, and bfloat16 would keep half of it.
         with torch.autocast(images.device.type, enabled=False), _classifiers_in_eval(self.teacher1, self.teacher2):
             features = fused.float()
             decoders = [
