@@ -319,3 +319,16 @@ def test_bad_input_is_one_clear_sentence(written: Callable[..., Path], words: li
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         load_config(written(), words)
     load_config(written(), ["trainer.tf32=true", "psmt.vat.enabled=false"])
+
+
+def test_checkpointed_encoders_give_the_same_step() -> None:
+    """Two passes of the student, teachers without a gradient and T-VAT's inner one: bitwise the same."""
+    results = []
+    for recompute in (False, True):
+        method = _method()
+        for network in method.networks().values():
+            network.encoder.recompute = recompute
+        method(*batch_for(PSMT.wants(method.options)), progress(3, 15)).loss.backward()
+        gradients = [parameter.grad for parameter in method.student.parameters()]
+        results.append([*gradients, *method.buffers()])
+    assert _equal(*results)
