@@ -221,6 +221,7 @@ class PSMT(Method):
         if unlabeled is None:
             return {"strong view of labeled": labeled.strong[0]} if labeled.strong else {}
         pseudo, size = self.pseudo_label(unlabeled.weak, progress), unlabeled.weak.shape[-2:]
+        torch.rand(1, generator=progress.generator)  # or the default seed would give four images themselves as partners
         image, mixed = self.cutmix(unlabeled.strong[0], pseudo, progress.generator)
         said = {
             name: predict(network.coarse(unlabeled.weak, aux=False)[0], size).label
