@@ -48,15 +48,8 @@ def _make_run(folder: Path, threshold: float = 0.9, scale: float = 1.0) -> Path:
     _table(log / "metrics.csv", METRICS, rows)
     shares = {f"predicted/{name}": 0.5 / (n + 1) for n, name in enumerate(CLASSES)}
     shares |= {f"confident/{name}": 0.25 * (n == 0) for n, name in enumerate(CLASSES)}
-    unlabeled = {
-        "pseudo": 0.5,
-        "pseudo_teacher": 0.6,
-        "agreement": 0.9,
-        "decay": 0.99,
-        "score": 0.5,
-        "score_std": 0.1,
-        **shares,
-    }
+    unlabeled = {"pseudo": 0.5, "pseudo_teacher": 0.6, "agreement": 0.9, "decay": 0.99, "score": 0.5, "score_std": 0.1}
+    unlabeled |= shares
     always = {"lr_encoder": 0.1, "lr_heads": 1.0, "seconds": 0.5, "seconds_waiting": 0.1, "memory_mib": 700}
     columns = [*always, *unlabeled, "own"]
     training = [[e, *always.values(), *(unlabeled.values() if e else [""] * len(unlabeled)), e * e] for e in range(6)]
@@ -148,12 +141,12 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     assert table[0] == ["class", "IoU, teacher", "IoU, student", "pixels", "pseudo labels", passed]
     assert table[1:] == [
         ["ground", "90.00", "90.00", "33.30", "50.00", "25.00"],
-        [CLASSES[1], "n/a", "n/a", "33.30", "25.00", "0.00"],
+        [CLASSES[1], "–", "–", "33.30", "25.00", "0.00"],
         ["a/b", "40.00", "40.00", "33.30", "16.67", "0.00"],
-        ["miou", "65.00", "61.50", "", "", ""],
-        ["fwiou", "70.00", "70.00", "", "", ""],
-        ["mean_accuracy", "75.00", "75.00", "", "", ""],
-        ["pixel_accuracy", "80.00", "80.00", "", "", ""],
+        ["miou", "65.00", "61.50", "–", "–", "–"],
+        ["fwiou", "70.00", "70.00", "–", "–", "–"],
+        ["mean_accuracy", "75.00", "75.00", "–", "–", "–"],
+        ["pixel_accuracy", "80.00", "80.00", "–", "–", "–"],
     ]
     assert _keys(tree, "Pseudo labels, share of all pixels") == ["ground 0.5", "<b>&\"road' 0.25", "a/b 0.1667"]
     assert _rows(tree, IMAGES) == [
@@ -279,10 +272,7 @@ def test_stages_have_pages_of_their_own(tmp_path: Path) -> None:
 
 
 def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("x/a/s0", "x/a/s1", "y/a/s0")]
-    for folder in folders:
-        (folder / "log").mkdir(parents=True)
-        _table(folder / "log" / "metrics.csv", METRICS, [])
+    folders = [_make_run(tmp_path / name) for name in ("x/a/s0", "x/a/s1", "y/a/s0")]
     assert [record.name for record in read_records(folders)] == ["x/a/s0", "x/a/s1", "y/a/s0"]
     assert [record.name for record in read_records(folders[:2])] == ["s0", "s1"]
     assert [record.name for record in read_records([folders[0] / "log"])] == ["s0"]

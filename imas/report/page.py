@@ -32,8 +32,8 @@ _CHARTS = {
     "agreement": "Pixels on which the networks agree, share of all",
     "lr": "Learning rates",
     "decay": "Decay of the moving average",
-    "seconds": "Seconds per iteration, and of them waiting for data",
     "memory_mib": "Memory at its peak, MiB",
+    "seconds": "Seconds per iteration, and of them waiting for data",
 }
 _SHARES = {"predicted": "pseudo labels", "confident": "those that pass the threshold", "labeled": "labeled crops"}
 _MEANS = ("miou", "fwiou", "mean_accuracy", "pixel_accuracy")
@@ -161,8 +161,8 @@ def _classes(runs: Runs) -> str:
     columns.sort(key=lambda column: "IoU, " not in column[0])
     rows = []
     for name in sorted({name: None for _, values in columns for name in values}, key=lambda name: name in _MEANS):
-        cells = (values.get(name, "") for _, values in columns)
-        rows.append((name, *("n/a" if v is None else f"{v:.2f}" if v != "" else "" for v in cells)))
+        cells = [values.get(name) for _, values in columns]
+        rows.append((name, *(cell if cell is None else f"{cell:.2f}" for cell in cells)))
     return (table(["class", *(title for title, _ in columns)], rows, True) if rows else "") + _grid(charts)
 
 
