@@ -94,7 +94,7 @@ def state_key(name: str) -> str:
 def network_names(state: dict[str, Any]) -> list[str]:
     """The networks whose states a checkpoint's dict holds."""
     names = {key: name for name, key in STATE_KEYS.items()}
-    keys = [key for key in state if key.endswith("_state") and key not in _OTHER_STATES and state[key]]
+    keys = [key for key in state if key.endswith("_state") and key not in _OTHER_STATES and state[key] is not None]
     return [names.get(key, key.removesuffix("_state")) for key in keys]
 
 
