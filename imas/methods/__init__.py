@@ -5,6 +5,11 @@ from __future__ import annotations
 from .base import Method
 from .imas import IMAS
 from .sup_only import SupOnly
+from .u2pl import U2PL
 
-METHODS: dict[str, type[Method]] = {"imas": IMAS, "sup_only": SupOnly}  # by the name of its section in a YAML
+METHODS: dict[str, type[Method]] = {
+    "imas": IMAS,
+    "sup_only": SupOnly,
+    "u2pl": U2PL,
+}  # by the name of its section in a YAML
 DEFAULT = "sup_only"  # of a file without such a section

@@ -71,6 +71,7 @@ class Method(nn.Module):
     """
 
     Options: ClassVar[type]  # a frozen dataclass: the keys of the section
+    trains_embedding: ClassVar[bool] = False  # whether it needs ``net.embedding``
 
     def __init__(self, options: Any, new_network: NewNetwork, supervised: Supervised) -> None:
         super().__init__()
