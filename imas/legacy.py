@@ -33,7 +33,6 @@ _IGNORED_KEYS: dict[str, tuple | None] = {
     "criterion.kwargs.use_weight": (False,),
     "net.encoder.kwargs.fpn": (True,),
     "net.encoder.kwargs.pretrained": None,
-    "net.decoder.kwargs.rep_head": (False,),
 }
 
 # Former key or section → today's, in this order. A section brings all of its keys along.
@@ -56,6 +55,33 @@ _SUP_ONLY = {"dataset.train.strong_aug.labeled": "sup_only.strong_views"}
 _FORMER = {"imas": _IMAS, "sup_only": _SUP_ONLY}
 _VALUES: dict[str, Callable[[Any], Any]] = {"imas.hardness.flag_using_v1": {True: 1, False: 2}.__getitem__}
 
+# U2PL's own files, also those of its baseline. Dead keys steer nothing in U2PL's code, or only with other values.
+_SUP_ONLY["dataset.batch_size"] = "dataset.train.batch_size"
+_FORMER["u2pl"] = {
+    "trainer.unsupervised.apply_aug": "u2pl.use_cutmix",
+    "trainer.unsupervised": "u2pl",
+    "trainer.contrastive": "u2pl.contrastive",
+    "trainer.sup_only_epoch": "u2pl.sup_only_epoch",
+    "net.ema_decay": "u2pl.ema_decay",
+    "dataset.batch_size": "dataset.train.batch_size",
+}
+_VALUES["trainer.unsupervised.apply_aug"] = {"cutmix": True, False: False, None: False}.__getitem__
+_U2PL_DEAD: dict[str, tuple | None] = {
+    "dataset.noise_std": None,
+    "dataset.train.noise_std": None,
+    "dataset.train.GaussianBlur": (False,),
+    "trainer.eval_on": None,
+    "trainer.unsupervised.TTA": None,
+    "trainer.contrastive.unsupervised_entropy_ignore": None,
+    "trainer.contrastive.anchor_ema": (False,),
+}
+# What is in U2PL's code instead, or where a key is not there.
+_U2PL_CODE = {"trainer.sup_only_epoch": 1, "trainer.unsupervised.apply_aug": False, "net.embedding": 256}
+_U2PL_SIZES = {
+    "pascal": 500,
+    "cityscapes": [1024, 2048],
+}  # of nearly all images: theirs are resized from their own size
+
 # Keys that former files may have although the method has no use for them.
 _IDLE = {
     "imas": ("dataset.train.strong_aug.labeled",),
@@ -69,6 +95,8 @@ def method_of(raw: dict[str, Any]) -> str:
     if named is not None:
         return str(named)
     trainer = raw.get("trainer")
+    if isinstance(trainer, dict) and trainer.get("contrastive") is not None:
+        return "u2pl"
     return "imas" if isinstance(trainer, dict) and trainer.get("unsupervised") is not None else "sup_only"
 
 
@@ -82,6 +110,7 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
         reader: gets the mistakes; it learns how the user wrote each key.
     """
     remarks: list[str] = []
+    of_u2pl = former and _is_of_u2pl(raw, method)
     for key, names in _SPELLINGS.items():
         value = get(raw, key)
         if isinstance(value, str):
@@ -90,7 +119,7 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             if today != value:
                 put(raw, key, today)
                 remarks.append(f"{key}: {value} → {today}")
-    for key, allowed in _IGNORED_KEYS.items():
+    for key, allowed in (_IGNORED_KEYS | (_U2PL_DEAD if method in ("u2pl", "sup_only") else {})).items():
         value = _pop(raw, key)
         if value is MISSING:
             continue
@@ -98,6 +127,13 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             reader.error(key, f"only {' or '.join(map(show, allowed))} is supported, got {show(value)}")
         else:
             remarks.append(f"{key}: has no meaning any more")
+    head = _pop(raw, "net.decoder.kwargs.rep_head")
+    if head is not MISSING and head not in (True, False):
+        reader.error("net.decoder.kwargs.rep_head", f"expected true or false, got {show(head)}")
+    elif head is not MISSING:
+        _move(raw, "net.decoder.kwargs.rep_head", "net.embedding", 256 if head else None, reader, remarks)
+    if of_u2pl:
+        _fill_in(raw, method, remarks)
     if former:
         raw.pop("method", None)
         for key in _IDLE.get(method, ()):
@@ -146,6 +182,27 @@ def _move(raw: dict[str, Any], key: str, today: str, value: Any, reader: Reader,
     with contextlib.suppress(ValueError):  # the section is none, which the reader will say
         put(raw, today, value)
     remarks.append(f"{written} → {today}" + ("" if isinstance(value, dict) else f": {show(value)}"))
+
+
+def _is_of_u2pl(raw: dict[str, Any], method: str) -> bool:
+    """Whether a raw file is a whole one of U2PL's; its baselines differ from those of iMAS in what they leave out."""
+    if method == "u2pl":
+        return "net" in raw and get(raw, "trainer.contrastive") is not MISSING
+    own = str(get(raw, "net.encoder.type")).startswith("u2pl.") and method == "sup_only"
+    return own and get(raw, "dataset.train.resize_base_size") is MISSING and "dataset" in raw
+
+
+def _fill_in(raw: dict[str, Any], method: str, remarks: list[str]) -> None:
+    """What a file of U2PL's leaves to its code."""
+    type_, encoder = get(raw, "dataset.type"), get(raw, "net.encoder.type")
+    implied = (_U2PL_CODE if method == "u2pl" else {}) | {"net.encoder.pretrain": f"pretrained/{encoder}.pth"}
+    if get(raw, "dataset.train.rand_resize") not in (MISSING, None) and type_ in _U2PL_SIZES:
+        implied["dataset.train.resize_base_size"] = _U2PL_SIZES[type_]
+    for key, value in implied.items():
+        if get(raw, key) is MISSING:
+            with contextlib.suppress(ValueError):  # the section is none, which the reader will say
+                put(raw, key, value)
+            remarks.append(f"{key}: {show(value)}, as in U2PL's code")
 
 
 def _with_children(key: str, today: str, value: Any) -> Iterator[tuple[str, str]]:

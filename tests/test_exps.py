@@ -28,7 +28,7 @@ from imas.errors import ConfigError
 from imas.schema import Config
 
 CONFIGS = sorted((ROOT / "exps").glob("*/*.yaml"))
-RECIPES = [path for path in CONFIGS if not path.parent.name.startswith("shapes")]
+RECIPES = [path for path in CONFIGS if re.search(r"_(imas|sup)\d", path.parent.name)]  # those with logs of the authors
 PUBLISHED = golden.read("published_runs")
 TRAIN_IMAGES = {"pascal": 10582, "cityscapes": 2975}
 
