@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=4 train_semi.py --config exps/.../config.yaml --seed 2
     sh single_run.sh exps/.../config.yaml                # the same, on all visible GPUs
 
-Checkpoints go to OUT/<saver.snapshot_dir>/, everything else to OUT/log/, where OUT is ``--out``, by default the folder of
-the YAML.
+Checkpoints go to OUT/<saver.snapshot_dir>/, everything else to OUT/log/. OUT is ``--out``, by default the folder of the
+YAML.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def prepare(config: Config, resume: str) -> Lists:
         together(checkpoint.start_from, method.networks(), start)
     if method is not None:
         averages = AVERAGES[config.trainer.optimizer.type]
-        together(checkpoint.need_space, config.snapshot_dir, method.networks(), averages)
+        together(checkpoint.need_space, config.snapshot_dir, method.networks(), averages, method.extra_bytes())
     together.finish()
     return lists
 

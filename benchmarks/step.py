@@ -5,8 +5,9 @@
     python -m benchmarks.step --way "trainer.amp=bf16 trainer.compile=true"     # one more way, with these options
 
 CutMix always fires, so the largest step is measured. Before every repetition all ways return to the same weights, and
-what they give (losses, scores, weights) is compared with the twin's. Apart from the step, the score, its counting and
-OHEM are measured on logits of 769² pixels and 19 classes, and the memory of each way in a process of its own.
+what they give (losses, scores, weights) is compared with the twin's. Apart from the step, score and losses are measured
+at the size of Cityscapes crops, from coarse logits as a step calls them, and the memory of each way in a process of its
+own.
 """
 
 from __future__ import annotations
@@ -25,16 +26,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from imas.methods import imas as method_file
-from imas.schema import Config
+from imas.ops.hardness import score_predictions
+from imas.ops.losses import consistency_loss, ohem_cross_entropy
+from imas.ops.pseudo import predict
+from imas.ops.resize import resize
 
 from . import plain_step
 from .clock import Clock
 from .figures import in_words, resident_peak, spread
-from .scale import step_flops
-from .step_ops import FAITHFUL, TOLERANCE, TWIN, compare_ops
-from .ways import PARTS, RECIPES, ROOT, Way, make_batch, recipe_config
+from .ways import FAITHFUL, PARTS, RECIPES, ROOT, TWIN, Way, make_batch, recipe_config
+
+TOLERANCE = 1e-4
 
 
 def difference(way: Way, result: plain_step.Losses, twin: Way, expected: plain_step.Losses) -> dict[str, float]:
@@ -80,6 +86,55 @@ def compare(ways: list[Way], repeats: int) -> tuple[dict[str, list[Counter]], di
     return times, parts, differences
 
 
+def compare_ops(device: torch.device, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Score, OHEM and consistency loss of 4 crops of 769² in 19 classes, the losses forward and backward, all from
+    coarse logits: seconds by operation and way.
+    """
+    generator = torch.Generator().manual_seed(2)
+    size, classes, threshold = (769, 769), 19, 0.7
+    smooth = 4 * torch.randn(4, classes, 25, 25, generator=generator)
+    student = resize(smooth, (193, 193))
+    teacher = (student + torch.randn(student.shape, generator=generator)).to(device)
+    student = student.to(device)
+    sure, noise = predict(smooth.to(device), size), torch.rand(4, *size, generator=generator).to(device)
+    labels = torch.where(noise < 0.8, sure.label, 0)
+    labels[:, :40] = 255
+
+    def plain_score() -> Tensor:
+        return plain_step.plain_score(resize(student, size), resize(teacher, size), threshold, classes)
+
+    def score() -> Tensor:
+        return score_predictions(predict(student, size), predict(teacher, size), classes, threshold).score
+
+    def with_gradient(loss: Callable[[Tensor], Tensor]) -> Tensor:
+        logits = teacher.detach().requires_grad_()
+        value = loss(logits)
+        value.backward()
+        return torch.stack([value.detach(), logits.grad.abs().sum()])
+
+    weak, weights = (sure.label, sure.confidence, threshold), torch.rand(4, generator=generator).to(device)
+    losses: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+        "ohem": (
+            lambda z: plain_step.plain_ohem(resize(z, size), labels, 0.7, 100_000),
+            lambda z: ohem_cross_entropy(z, labels, 0.7, 100_000),
+        ),
+        "consistency": (
+            lambda z: plain_step.consistency(resize(z, size), *weak, weights),
+            lambda z: consistency_loss(z, *weak, weights),
+        ),
+    }
+    ops = {"score": (plain_score, score)}
+    ops |= {name: tuple(partial(with_gradient, way) for way in both) for name, both in losses.items()}
+    clock = Clock(device)
+    seconds: dict[str, dict[str, list[float]]] = {name: {TWIN: [], FAITHFUL: []} for name in ops}
+    for name, (plain, ours) in ops.items():
+        torch.testing.assert_close(ours(), plain(), atol=1e-6, rtol=TOLERANCE)
+        for repeat in range(repeats):
+            for way, function in [(TWIN, plain), (FAITHFUL, ours)][:: 1 if repeat % 2 else -1]:
+                seconds[name][way].append(clock.measure(function, False)[0]["all"])
+    return seconds
+
+
 def peak_memory(words: list[str], name: str) -> int:
     """Bytes that a way holds at most, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.step", *words, "--peak-of", name]
@@ -108,11 +163,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * 8192**3 / seconds
 
 
-def report_steps(
-    config: Config, times: dict[str, list[float]], parts: dict[str, Counter], peaks: dict[str, int]
-) -> None:
-    """The tables of the step: by way, and by part."""
-    batch = config.dataset.train.batch_size
+def report_steps(batch: int, times: dict[str, list[float]], parts: dict[str, Counter], peaks: dict[str, int]) -> None:
+    """The tables of the step: by way, and by part. ``batch``: labeled images, and as many unlabeled ones."""
     print("\n| way | ms a step, median (min..max) | images/s | twin / way, median (min..max) | peak memory, MiB |")
     print("|---|---|---|---|---|")
     for name, seconds in times.items():
@@ -129,17 +181,15 @@ def report_steps(
 
 def report_ops(ops: dict[str, dict[str, list[float]]]) -> None:
     """The table of the single operations."""
-    print(
-        "\n(4, 19, 769, 769) logits, ms, medians\n| | plain twin | ours | ratio, median (min..max) |\n|---|---|---|---|"
-    )
+    print("\n(4, 19, 193, 193) logits of crops of 769², ms, medians")
+    print("| | plain twin | ours | ratio, median (min..max) |\n|---|---|---|---|")
     for name, seconds in ops.items():
         plain, ours = (1e3 * statistics.median(seconds[way]) for way in (TWIN, FAITHFUL))
         print(f"| {name} | {plain:.1f} | {ours:.1f} | {in_words(spread(seconds[TWIN], seconds[FAITHFUL]))} |")
 
 
-def report_device(config: Config, times: dict[str, list[float]], device: torch.device) -> dict[str, float]:
+def report_device(flops: int, times: dict[str, list[float]], device: torch.device) -> dict[str, float]:
     """FLOPs of a step, and what share of the device's peak, that of a matrix product, the ways reach."""
-    flops = step_flops(config)
     print(f"\n{flops / 1e12:.3f} TFLOP a step in convolutions (torch.utils.flop_counter, CutMix fired)")
     if device.type != "cuda":
         return {"flops": flops}
@@ -200,13 +250,15 @@ def main() -> None:
     ways = [build() for build in make.values()]
     rounds, parts, differences = compare(ways, options.repeats)
     times = {way: [one["all"] for one in seconds] for way, seconds in rounds.items()}
+    with FlopCounterMode(display=False) as counter:
+        ways[0].run(False)
     del ways
-    report_steps(config, times, parts, peaks)
+    report_steps(config.dataset.train.batch_size, times, parts, peaks)
     for way, found in differences.items():
         print(f"{way}, from the twin after the same step: " + ", ".join(f"{k} {v:.1e}" for k, v in found.items()))
     ops = compare_ops(device, options.repeats)
     report_ops(ops)
-    extent = report_device(config, times, device)
+    extent = report_device(counter.get_total_flops(), times, device)
     if options.json:
         ratio = {"step": spread(times[TWIN], times[FAITHFUL])["median"]}
         ratio |= {op: spread(seconds[TWIN], seconds[FAITHFUL])["median"] for op, seconds in ops.items()}

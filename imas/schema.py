@@ -1,7 +1,7 @@
 """What an experiment is: every section and key, with type, default and allowed values, as frozen dataclasses.
 
-The section of the method is not here: each method describes its own options beside its code (``Method.Options``). Former
-names of keys are in ``legacy.py``.
+The section of the method is not here: each method has its options beside its code (``Method.Options``). Former names of
+keys are in ``legacy.py``.
 """
 
 from __future__ import annotations

@@ -20,13 +20,14 @@ from imas.config import load_config
 from imas.data import strong
 from imas.data.catalog import CITYSCAPES, PASCAL, cityscapes_files, pascal_files
 from imas.data.check import check_data
-from imas.data.dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet
+from imas.data.dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
 from imas.data.lists import read_list, read_lists
 from imas.data.loaders import EpochSampler, TrainingData, evaluation_batches, evaluation_loader, oversample
 from imas.data.normalise import Normalise
 from imas.data.source import FileSource, ShapesSource, cityscapes_labels
 from imas.data.strong import OPERATIONS, strong_view
 from imas.data.weak import resized_size, weak_view
+from imas.engine.run import to_device
 from imas.errors import UserError
 from imas.schema import Config
 

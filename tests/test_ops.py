@@ -174,6 +174,32 @@ def test_a_batch_without_a_valid_pixel_costs_nothing(loss) -> None:
     assert logits.grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"logits": torch.zeros(2, 3, 16)}, r"logits must be \(B, C, h, w\).*\(2, 3, 16\)"),
+    ({"target": torch.zeros(3, 4, 4).long()}, r"of the same B.*\(3, 4, 4\)"),
+    ({"logits": torch.zeros(2, 3, 4, 4).long()}, "floating point.*int64 and"),
+    ({"target": torch.zeros(2, 4, 4)}, "target int64.*float32"),
+    ({"target": torch.full((2, 4, 4), 3)}, "target has the value 3: expected classes from 0 to 2, or 255"),
+    ({"target": torch.full((2, 4, 4), -1)}, "has the value -1"),
+])  # fmt: skip
+def test_losses_refuse_what_they_cannot_compare(change: dict, message: str) -> None:
+    given = {"logits": torch.zeros(2, 3, 4, 4), "target": torch.zeros(2, 4, 4, dtype=torch.int64)} | change
+    logits, target = given["logits"], given["target"]
+    for loss in (cross_entropy, ohem_cross_entropy):
+        with pytest.raises(ValueError, match=message):
+            loss(logits, target)
+    with pytest.raises(ValueError, match=message):
+        consistency_loss(logits, target, torch.ones(target.shape), 0.5)
+
+
+def test_consistency_refuses_other_weights() -> None:
+    logits, label = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"confidence must be \(2, 4, 4\).*got \(2, 4\)"):
+        consistency_loss(logits, label, torch.ones(2, 4), 0.5)
+    with pytest.raises(ValueError, match=r"score must be \(2,\).*got \(2, 1\)"):
+        consistency_loss(logits, label, torch.ones(2, 4, 4), 0.5, torch.ones(2, 1))
+
+
 def test_consistency_by_hand() -> None:
     """Four pixels, two of them confident, uniform logits: CE is log 2 on half the pixels, times the score."""
     logits = torch.zeros(2, 2, 2, 2)
@@ -283,9 +309,29 @@ def test_confusion_matrix_by_hand() -> None:
     assert math.isclose(matrix.mean_accuracy, (1 / 2 + 2 / 3) / 2)
 
 
-def test_confusion_matrix_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match="one shape"):
-        ConfusionMatrix(2).update(torch.zeros(2, 2), torch.zeros(2, 3))
+@pytest.mark.parametrize(("prediction", "target", "message"), [
+    (torch.zeros(2, 2).int(), torch.zeros(2, 3).int(), r"\(2, 2\), target \(2, 3\): one shape"),
+    (torch.zeros(2), torch.zeros(2).int(), "prediction must have an integer type.*float32"),
+    (torch.zeros(2).int(), torch.zeros(2).bool(), "target must have an integer type.*bool"),
+    (torch.tensor([0, 2]), torch.tensor([0, 0]), "prediction has the value 2: expected classes from 0 to 1"),
+    (torch.tensor([0, -1]), torch.tensor([0, 0]), "prediction has the value -1"),
+    (torch.tensor([0, 1]), torch.tensor([0, 2]), "target has the value 2: .* 255"),
+    (torch.tensor([0, 0]), torch.tensor([255, 2]), "target has the value 2"),
+    (torch.tensor([1, 0]), torch.tensor([-1, 0]), "target has the value -1"),
+    (torch.tensor([0, 1]), torch.tensor([0, 254], dtype=torch.uint8), "target has the value 254"),
+])  # fmt: skip
+def test_confusion_matrix_refuses_what_it_cannot_count(prediction: Tensor, target: Tensor, message: str) -> None:
+    matrix = ConfusionMatrix(2)
+    with pytest.raises(ValueError, match=message):
+        matrix.update(prediction, target)
+    assert matrix.counts.sum() == 0
+
+
+def test_what_is_predicted_where_nothing_counts_does_not_matter() -> None:
+    matrix = ConfusionMatrix(2, ignore_index=-1)
+    matrix.update(torch.tensor([255, 1]), torch.tensor([-1, 1]))
+    matrix.update(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    assert matrix.counts.tolist() == [[0, 0], [0, 1]]
 
 
 def test_shares_of_classes() -> None:

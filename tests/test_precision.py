@@ -17,16 +17,15 @@ from first_step import gradients, ready, step_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import scale, ways
+from benchmarks import ways
 from benchmarks.clock import Clock
 from benchmarks.step import difference
 from imas import ohem_cross_entropy
-from imas.build import build_method
 from imas.config import load_config
-from imas.engine import checkpoint, memory, precision
+from imas.engine import checkpoint
 from imas.engine.optim import build_optimizer, param_groups
 from imas.errors import ConfigError, UserError
-from imas.methods.base import Batch, Method, Progress, Step
+from imas.methods.base import Method, Step
 from imas.ops.counting import count
 from imas.ops.losses import pixel_cross_entropy
 from imas.ops.pseudo import predict
@@ -57,14 +56,27 @@ def test_pixel_losses_are_those_of_resized_logits(side: tuple[int, int], rows: i
     torch.testing.assert_close(prediction.confidence, probability)
 
 
-def test_losses_keep_nothing_at_full_size_but_a_number_a_pixel() -> None:
-    class Loss(nn.Module):
-        def forward(self, batch: Batch, progress: Progress) -> Tensor:
-            return ohem_cross_entropy(batch.images.requires_grad_(), batch.labels, 0.7, 50)
+def _saved_bytes(function: Callable[[], Tensor]) -> int:
+    """What autograd saves for the backward pass, each storage once."""
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # so that no storage takes another's place
 
-    batch = Batch(golden.randn(1, 2, 19, 16, 16), golden.randint(2, 19, 2, 64, 64))
-    bytes_a_pixel = memory.saved_bytes(Loss(), batch, None) / batch.labels.numel()
-    assert bytes_a_pixel < 4 * 19 / 2
+    def pack(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    assert result.requires_grad
+    return sum(sizes.values())
+
+
+def test_losses_keep_nothing_at_full_size_but_a_number_a_pixel() -> None:
+    logits, labels = golden.randn(1, 2, 19, 16, 16).requires_grad_(), golden.randint(2, 19, 2, 64, 64)
+    kept = _saved_bytes(lambda: ohem_cross_entropy(logits, labels, 0.7, 50))
+    plain = _saved_bytes(lambda: F.cross_entropy(resize(logits, (64, 64)), labels))
+    assert kept / labels.numel() < 4 * 19 / 2 < plain / labels.numel()
 
 
 def test_counts_are_those_of_bincount_and_leave_out_other_values() -> None:
@@ -116,14 +128,8 @@ def test_options_change_rounding_alone(tiny, word: str, loss: float, gradient: f
 
 def test_recomputed_blocks_keep_their_inputs_alone(tiny) -> None:
     def activations(*words: str) -> int:
-        config = tiny(*words)
-
-        def build(largest: Config) -> Method:
-            method = build_method(largest)
-            precision.prepare(method, config.trainer, CPU)
-            return method
-
-        return memory.estimate_step(config, build).activations
+        method, batch = ready(tiny(*words), CPU)
+        return _saved_bytes(lambda: method.student.coarse(batch.images)[0])
 
     assert activations("trainer.checkpoint_encoder=true") < 0.8 * activations()
 
@@ -227,14 +233,3 @@ def test_our_step_is_the_plain_twins() -> None:
     assert 0.05 < expected.score.min() < 0.95
     found = difference(ours, result, twin, expected)
     assert max(found["loss_lb"], found["loss_ub"], found["score"]) < 1e-4 and found["update"] < 0.05, found
-
-
-def test_paper_figures_follow_from_the_recipes() -> None:
-    published = {"pascal_imas1323_r50_os16": 578, "cityscapes_imas372_r50_os16": 162, "cityscapes_imas186_r50_os8": 174}
-    published |= {"pascal_sup662_r50_os16": 42, "cityscapes_sup186_r50_os16": 11}
-    recipes = dict(scale.recipes())
-    assert {name: scale.iterations(recipes[name]) / recipes[name].trainer.epochs for name in published} == published
-    net = load_config(scale.EXPS / "shapes_imas/config.yaml").net
-    small, large = (scale.network_flops(net, (32, 32), images, False) for images in (2, 4))
-    assert large == 2 * small > 0
-    assert 2.5 < scale.network_flops(net, (32, 32), 2, True) / small < 3.1

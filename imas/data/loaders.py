@@ -91,9 +91,9 @@ class EpochSampler(Sampler):
 class TrainingData:
     """The loaders of a run.
 
-    ``for batches in data.epoch(number, unlabeled=True)`` gives, for each update, a list of ``trainer.accumulate`` dicts:
-    ``labeled`` and, if wanted, ``unlabeled``, each a dict of CPU tensors as ``dataset`` makes them; ``skipped``, what was
-    wrong with each image that had to be replaced.
+    ``data.epoch(number, unlabeled=True)`` yields, for each update, a list of ``trainer.accumulate`` dicts. Each holds
+    ``labeled`` and, if wanted, ``unlabeled``, dicts of CPU tensors as ``dataset`` makes them, and ``skipped``, a
+    message for each image that had to be replaced.
 
     Args:
         seed: of the run.

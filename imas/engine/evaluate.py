@@ -54,7 +54,6 @@ def evaluate(
     *,
     num_classes: int,
     ignore_index: int,
-    boundary: bool = False,
 ) -> dict[str, ConfusionMatrix]:
     """Confusion matrix of each network over all validation images of all ranks.
 
@@ -62,10 +61,9 @@ def evaluate(
         networks: by name; put into eval mode, and back into the mode that they were in.
         loader: this rank's images, of ``evaluation_loader``.
         normalise: uint8 images → network input.
-        boundary: count near boundaries, too.
     """
     device = predictor.device
-    matrices = {name: ConfusionMatrix(num_classes, ignore_index, device, boundary) for name in networks}
+    matrices = {name: ConfusionMatrix(num_classes, ignore_index, device) for name in networks}
     with evaluating(networks):
         for images, labels in evaluation_batches(loader):
             images = normalise(images.to(device))
@@ -74,8 +72,6 @@ def evaluate(
                 matrices[name].update(predicted, labels.to(predicted.device))
     for matrix in matrices.values():
         distributed.sum_over_ranks(matrix.counts)
-        if matrix.boundary is not None:
-            distributed.sum_over_ranks(matrix.boundary.matrix.counts)
     return matrices
 
 
@@ -85,7 +81,6 @@ class Evaluation:
     Args:
         protocol: default: the windows of the configuration.
         accumulate: see ``Predictor``.
-        boundary: count near boundaries, too.
     """
 
     def __init__(
@@ -95,9 +90,8 @@ class Evaluation:
         device: torch.device,
         protocol: Protocol | None = None,
         accumulate: str = "device",
-        boundary: bool = False,
     ) -> None:
-        self.config, self.boundary = config, boundary
+        self.config = config
         self.protocol = protocol or Protocol(config.dataset.val.crop.size)
         self.predictor = Predictor(self.protocol, device, accumulate)
         self.catalog = catalog_of(config.dataset)
@@ -112,7 +106,6 @@ class Evaluation:
             self.predictor,
             num_classes=self.config.net.num_classes,
             ignore_index=self.config.dataset.ignore_label,
-            boundary=self.boundary,
         )
 
 
@@ -120,9 +113,8 @@ def figures(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> dict[str, 
     """Everything that an evaluation counts, in percent, unrounded, ready for JSON.
 
     ``miou``, ``fwiou``, ``pixel_accuracy`` and ``mean_accuracy`` are numbers; ``iou``, ``accuracy`` and ``pixels`` (the
-    share of the true pixels) are dicts by class name. With counts near boundaries ``mean_boundary_iou`` and
-    ``boundary_iou`` come with them. None (null) for a class that the truth lacks, or where nothing
-    was counted.
+    share of the true pixels) are dicts by class name. None (null) for a class that the truth lacks, or where
+    nothing was counted.
     """
 
     def percent(value: float) -> float | None:
@@ -130,9 +122,6 @@ def figures(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> dict[str, 
 
     means = {name: percent(getattr(matrix, name)) for name in ("miou", "fwiou", "pixel_accuracy", "mean_accuracy")}
     columns = {"iou": matrix.iou, "accuracy": matrix.accuracy, "pixels": matrix.frequency}
-    if matrix.boundary is not None:
-        means["mean_boundary_iou"] = percent(matrix.boundary.mean)
-        columns["boundary_iou"] = matrix.boundary.iou
     return means | {
         name: dict(zip(class_names, map(percent, column.tolist()), strict=True)) for name, column in columns.items()
     }
@@ -148,11 +137,6 @@ def format_table(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> str:
         ["mean", matrix.miou, matrix.mean_accuracy, ""],
         ["by frequency", matrix.fwiou, matrix.pixel_accuracy, ""],
     ]
-    if matrix.boundary is not None:
-        head.append("bound.")
-        columns.append(matrix.boundary.iou)
-        means[0].append(matrix.boundary.mean)
-        means[1].append("")
     rows = [head, *zip(*(column.tolist() if isinstance(column, Tensor) else column for column in columns)), *means]
     width = max(len(row[0]) for row in rows)
     return "\n".join(

@@ -70,7 +70,7 @@ class Session:
         """
         config, lists = dataclasses.replace(config or self.config, stage=stage), lists or self.lists
         mark = config.snapshot_dir / _DONE
-        if stage and mark.is_file():
+        if stage and mark.is_file() and self.resume != "never":
             log.info("stage %s is done: %s", stage, config.snapshot_dir)
             return config
         found = checkpoint.find_checkpoint(config.snapshot_dir, self._resume(config))
@@ -91,7 +91,7 @@ class Session:
         return config
 
     def _resume(self, config: Config) -> str:
-        """A checkpoint file resumes the stage that it belongs to; the stages before and after it go on by themselves."""
+        """A checkpoint file resumes the stage that it belongs to; the other stages go on by themselves."""
         if not config.stage or self.resume in ("auto", "never"):
             return self.resume
         return self.resume if Path(self.resume).resolve().parent == config.snapshot_dir.resolve() else "auto"

@@ -7,9 +7,9 @@ from .imas import IMAS
 from .sup_only import SupOnly
 from .u2pl import U2PL
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
     "imas": IMAS,
     "sup_only": SupOnly,
     "u2pl": U2PL,
-}  # by the name of its section in a YAML
+}
 DEFAULT = "sup_only"  # of a file without such a section

@@ -117,6 +117,10 @@ class Method(nn.Module):
         """The networks to evaluate. The first selects the best checkpoint."""
         return self.networks()
 
+    def extra_bytes(self) -> int:
+        """How large ``get_extra_state`` may become."""
+        return 0
+
     def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
         """What a step makes of a batch, as titled columns of pictures: (B, 3, H, W) float, normalised images;
         (B, H, W) integers, classes or 255; (B, H, W) bool, marked pixels; (B,) a number for each image.

@@ -313,6 +313,10 @@ class U2PL(Method):
         device = next(self.parameters()).device
         self.banks = [bank.to(device) for bank in state["banks"]]
 
+    def extra_bytes(self) -> int:
+        width, options = self.student.decoder.representation[-1].out_channels, self.options.contrastive
+        return 4 * width * (options.first_capacity + (self.student.num_classes - 1) * options.capacity)
+
     def networks(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher, "student": self.student}
 

@@ -1,4 +1,4 @@
-"""Counting without waiting for the device."""
+"""Counting classes, and refusing what is none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def count(values: Tensor, bins: int) -> Tensor:
-    """How often each of 0 … bins − 1 occurs in each image; other values do not count.
+    """How often each of 0 … bins − 1 occurs in each image; other values do not count. Waits for no device.
 
     ``bincount`` would wait for a CUDA device. ``histc`` counts in float32, which is exact up to 2^24 pixels an image.
 
@@ -18,3 +18,29 @@ def count(values: Tensor, bins: int) -> Tensor:
         (B, bins) float64.
     """
     return torch.stack([image.histc(bins, min=-0.5, max=bins - 0.5) for image in values.float()]).double()
+
+
+def within(values: Tensor, bound: int) -> bool:
+    """Whether all integers are in [0, ``bound``). Waits for a CUDA device."""
+    if not values.numel():
+        return True
+    low, high = values.aminmax()
+    return low.item() >= 0 and high.item() < bound
+
+
+def need_classes(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """See that all labels are in [0, ``num_classes``). Waits for a CUDA device.
+
+    Args:
+        name: of the labels, for the message.
+        labels: integers of any shape, the ignored ones replaced by a class.
+        ignore_index: for the message.
+
+    Raises:
+        ValueError: some are not.
+    """
+    if not within(labels, num_classes):
+        found = labels[(labels < 0) | (labels >= num_classes)][0].item()
+        raise ValueError(
+            f"{name} has the value {found}: expected classes from 0 to {num_classes - 1}, or {ignore_index} (ignored)"
+        )

@@ -7,58 +7,49 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from .resize import resize, rows_of
-
-
-class _PixelCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of every pixel, with the logits of one image at full size at a time.
-
-    Kept for the backward pass are the logits as they came and each pixel's log-sum-exp. The gradient
-    (softmax − one-hot)·grad is made of the logits, resized once more.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-        ignored = target == ignore_index
-        target = target.masked_fill(ignored, 0)
-        loss = torch.empty(target.shape, device=logits.device)
-        normaliser = torch.empty_like(loss)
-        for number in range(len(logits)):
-            full = resize(logits[number : number + 1], target.shape[-2:])[0]
-            for rows in rows_of(full):
-                block, classes = full[:, rows], target[number, rows].unsqueeze(0)
-                normaliser[number, rows] = block.logsumexp(dim=0)
-                loss[number, rows] = normaliser[number, rows] - block.gather(0, classes)[0]
-        ctx.save_for_backward(logits, target, ignored, normaliser)
-        return loss.masked_fill_(ignored, 0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, target, ignored, normaliser = ctx.saved_tensors
-        grad = grad.masked_fill(ignored, 0)
-        result = torch.empty_like(logits)
-        for number in range(len(logits)):
-            image = logits[number : number + 1].detach().requires_grad_()
-            with torch.enable_grad():
-                full = resize(image, target.shape[-2:])
-            same = full is image
-            at_full_size = result[number : number + 1] if same else torch.empty_like(full)
-            for rows in rows_of(full[0]):
-                block = (full[0, :, rows].detach() - normaliser[number, rows]).exp_()
-                classes = target[number, rows].unsqueeze(0)
-                block.scatter_(0, classes, block.gather(0, classes) - 1)
-                torch.mul(block, grad[number, rows], out=at_full_size[0, :, rows])
-            if not same:
-                result[number : number + 1] = torch.autograd.grad(full, image, at_full_size)[0]
-        return result, None, None
+from .counting import need_classes
+from .resize import resize
 
 
 def pixel_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross-entropy of every pixel, 0 where it is ignored: (B, C, h, w), (B, H, W) int64 → (B, H, W) float32."""
-    return _PixelCrossEntropy.apply(logits.float(), target, ignore_index)
+    """Cross-entropy of every pixel, 0 where it is ignored.
+
+    One image's logits at a time are at full size, in the forward and in the backward pass, which computes them again.
+
+    Args:
+        logits: (B, C, h, w), floating point.
+        target: (B, H, W) int64, classes or ``ignore_index``.
+
+    Returns:
+        (B, H, W) float32.
+
+    Raises:
+        ValueError: other shapes or types; on a CPU also other values (CUDA would have to be waited for).
+    """
+    _need_labels(logits, target, ignore_index)
+    images = zip(logits.float().split(1), target.split(1))
+    keep = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(_cross_entropy_at_full_size, *image, ignore_index, **keep) for image in images])
+
+
+def _cross_entropy_at_full_size(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    full = resize(logits, target.shape[-2:])
+    return F.cross_entropy(full, target, reduction="none", ignore_index=ignore_index)
+
+
+def _need_labels(logits: Tensor, target: Tensor, ignore_index: int) -> None:
+    if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target):
+        raise ValueError(
+            "logits must be (B, C, h, w) and target (B, H, W) of the same B, "
+            f"got {tuple(logits.shape)} and {tuple(target.shape)}"
+        )
+    if not logits.is_floating_point() or target.dtype != torch.int64:
+        raise ValueError(f"logits must be floating point and target int64, got {logits.dtype} and {target.dtype}")
+    if target.device.type == "cpu":
+        need_classes("target", target.masked_fill(target == ignore_index, 0), logits.shape[1], ignore_index)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = 255) -> Tensor:
@@ -81,13 +72,16 @@ def ohem_cross_entropy(
     valid pixels with p <= max(q, thresh) are kept. With fewer than ``min_kept`` valid pixels all of them are.
 
     Args:
-        logits: (B, C, h, w).
+        logits: (B, C, h, w), floating point.
         target: (B, H, W) int64, classes or ``ignore_index``.
         thresh: in [0, 1].
         min_kept: at least 1, over the batch.
 
     Returns:
         A scalar; 0 for a batch without a valid pixel.
+
+    Raises:
+        ValueError: as ``pixel_cross_entropy``.
     """
     loss = pixel_cross_entropy(logits, target, ignore_index)
     p = loss.detach().neg().exp()
@@ -116,12 +110,23 @@ def consistency_loss(
     multiplied by the image's score, and averaged over the batch. No argument is modified.
 
     Args:
-        logits: (B, C, h, w) of the student.
-        pseudo_label: (B, H, W) int64.
-        confidence: (B, H, W) in [0, 1].
+        logits: (B, C, h, w) of the student, floating point.
+        pseudo_label: (B, H, W) int64, classes or 255, which costs nothing.
+        confidence: (B, H, W) in [0, 1], floating point.
         threshold: τ in [0, 1].
-        score: (B,) in [0, 1], or None for no weights.
+        score: (B,) in [0, 1], floating point, or None for no weights.
+
+    Raises:
+        ValueError: other shapes or types; see ``pixel_cross_entropy``.
     """
+    for name, weights, shape in (
+        ("confidence", confidence, pseudo_label.shape),
+        ("score", score, pseudo_label.shape[:1]),
+    ):
+        if weights is not None and (weights.shape != shape or not weights.is_floating_point()):
+            raise ValueError(
+                f"{name} must be {tuple(shape)} and floating point, got {tuple(weights.shape)} {weights.dtype}"
+            )
     pixel_loss = pixel_cross_entropy(logits, pseudo_label)
     image_loss = (pixel_loss * (confidence >= threshold)).mean(dim=(1, 2))
     return (image_loss if score is None else score * image_loss).mean()

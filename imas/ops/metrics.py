@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from .counting import need_classes, within
 
 _AT_ONCE = 2**18  # pixels that are counted in one go: what they need stays in a CPU's cache
-_BOUNDARY = 0.02  # of an image's diagonal: how far from another class a boundary reaches
-_BEYOND = -1  # no label: that of pixels beyond the image's border, and of those that do not count
 
 
 class ConfusionMatrix:
@@ -25,32 +21,39 @@ class ConfusionMatrix:
         num_classes: C.
         ignore_index: label of pixels to leave out.
         device: where the counts live.
-        boundary: count near boundaries, too, as ``boundary``; needs label maps (..., H, W).
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        ignore_index: int = 255,
-        device: torch.device | str = "cpu",
-        boundary: bool = False,
-    ) -> None:
+    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        self.boundary = BoundaryIoU(num_classes, ignore_index, device) if boundary else None
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add label maps of one shape, integer, with classes in [0, C) (target: or ``ignore_index``)."""
+        """Add label maps.
+
+        Args:
+            prediction, target: integers of one shape, with classes in [0, C); target also ``ignore_index``, and where
+                it has that, the prediction may be anything.
+
+        Raises:
+            ValueError: other shapes, types or values; then nothing is added.
+        """
         if prediction.shape != target.shape:
             raise ValueError(f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}: one shape needed")
-        cells = self.num_classes**2
+        for name, labels in (("prediction", prediction), ("target", target)):
+            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+                raise ValueError(f"{name} must have an integer type, got {labels.dtype}")
+        cells, counts = self.num_classes**2, torch.zeros_like(self.counts)
         for predicted, true in zip(prediction.flatten().split(_AT_ONCE), target.flatten().split(_AT_ONCE)):
-            index = (true.int() * self.num_classes).add_(predicted).masked_fill_(true == self.ignore_index, cells)
-            counts = torch.bincount(index.to(self.counts.device), minlength=cells + 1)[:cells]
-            self.counts += counts.view_as(self.counts)
-        if self.boundary is not None:
-            self.boundary.update(prediction, target)
+            ignored = true == self.ignore_index
+            index = (true.int() * self.num_classes).add_(predicted).masked_fill_(ignored, 0)
+            # On CUDA this waits, as bincount does. Only where the quick look fails, labels are looked at one by one.
+            if not (within(predicted, self.num_classes) and within(index, cells)):
+                need_classes("prediction", predicted.masked_fill(ignored, 0), self.num_classes, self.ignore_index)
+                need_classes("target", true.masked_fill(ignored, 0), self.num_classes, self.ignore_index)
+            counts += torch.bincount(index.to(counts.device), minlength=cells).view_as(counts)
+            counts[0, 0] -= ignored.sum().to(counts.device)  # they were counted there
+        self.counts += counts
 
     @property
     def intersection(self) -> Tensor:
@@ -105,52 +108,3 @@ class ConfusionMatrix:
     def _over(self, divisor: Tensor) -> Tensor:
         ratio = self.intersection.double() / divisor
         return ratio.masked_fill(self.target == 0, float("nan"))
-
-
-class BoundaryIoU:
-    """IoU near the boundaries of classes alone (Cheng et al., CVPR 2021), counted over a data set.
-
-    Of each class's true and predicted pixels those count that are near another class, an ignored pixel or the image's
-    border: within 2 % of the image's diagonal, along rows and columns. Ignored pixels are taken out of truth and
-    prediction alike. ``matrix`` has one class more than the data: pixels that are near no boundary.
-    """
-
-    def __init__(self, num_classes: int, ignore_index: int, device: torch.device | str) -> None:
-        self.ignore_index = ignore_index
-        self.matrix = ConfusionMatrix(num_classes + 1, _BEYOND, device)
-
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add label maps (..., H, W), as those of ``ConfusionMatrix.update``."""
-        ignored = target == self.ignore_index
-        pair = (labels.masked_fill(ignored, self.ignore_index) for labels in (prediction, target))
-        predicted, true = map(self._boundaries, pair)
-        self.matrix.update(predicted, true.masked_fill_(ignored, _BEYOND))
-
-    @property
-    def iou(self) -> Tensor:
-        """(C,) float64 in [0, 1]; NaN for a class absent from the truth."""
-        return self.matrix.iou[:-1]
-
-    @property
-    def mean(self) -> float:
-        """Mean over the classes present in the truth."""
-        return self.iou.nanmean().item()
-
-    def _boundaries(self, labels: Tensor) -> Tensor:
-        """Labels where the square of side 2 · radius + 1 around a pixel has several; elsewhere the last class."""
-        radius = max(1, round(_BOUNDARY * math.hypot(*labels.shape[-2:])))
-        padded = F.pad(labels.short(), (radius,) * 4, value=_BEYOND)
-        inside = _over_squares(torch.minimum, padded, radius) == _over_squares(torch.maximum, padded, radius)
-        return labels.int().masked_fill_(inside, self.matrix.num_classes - 1)
-
-
-def _over_squares(extreme: Callable[[Tensor, Tensor], Tensor], values: Tensor, radius: int) -> Tensor:
-    """(B, H + 2 · radius, W + 2 · radius) → (B, H, W), the extreme value in each square of side 2 · radius + 1."""
-    for axis in (-2, -1):
-        length = 1  # of the line over which ``values`` are extreme by now
-        while length < 2 * radius + 1:
-            step = min(length, 2 * radius + 1 - length)
-            count = values.shape[axis] - step
-            values = extreme(values.narrow(axis, 0, count), values.narrow(axis, step, count))
-            length += step
-    return values
