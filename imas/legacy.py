@@ -23,7 +23,7 @@ _SPELLINGS = {
     "dataset.type": {"pascal_semi": "pascal", "cityscapes_semi": "cityscapes"},
     "net.encoder.type": {},
     "net.decoder.type": {"dec_deeplabv3_plus": "deeplabv3plus"},
-    "criterion.type": {"CELoss": "ce"},
+    "criterion.type": {"CELoss": "ce", "OHEM": "ohem"},
 }
 
 # Keys that steer nothing any more → the values that they may have, None for any.
@@ -55,6 +55,35 @@ _SUP_ONLY = {"dataset.train.strong_aug.labeled": "sup_only.strong_views"}
 _FORMER = {"imas": _IMAS, "sup_only": _SUP_ONLY}
 _VALUES: dict[str, Callable[[Any], Any]] = {"imas.hardness.flag_using_v1": {True: 1, False: 2}.__getitem__}
 
+# UniMatch's own files, which have no sections but ``criterion``: key → today's.
+_UNIMATCH = {
+    "dataset": "dataset.type",
+    "nclass": "net.num_classes",
+    "crop_size": "dataset.train.crop.size",
+    "data_root": "dataset.train.data_root",
+    "epochs": "trainer.epochs",
+    "batch_size": "dataset.train.batch_size",
+    "lr": "trainer.optimizer.kwargs.lr",
+    "lr_multi": "trainer.optimizer.head_lr_times",
+    "criterion.name": "criterion.type",
+    "criterion.kwargs.ignore_index": "dataset.ignore_label",
+    "criterion.kwargs.thresh": "criterion.kwargs.thresh",
+    "criterion.kwargs.min_kept": "criterion.kwargs.min_kept",
+    "conf_thresh": "unimatch.threshold",
+    "backbone": "net.encoder.type",
+    "replace_stride_with_dilation": "net.encoder.kwargs.replace_stride_with_dilation",
+    "dilations": "net.decoder.kwargs.dilations",
+}
+# What is in UniMatch's code instead.
+_UNIMATCH_CODE = {
+    "dataset.train.flip": True,
+    "dataset.train.rand_resize": [0.5, 2.0],
+    "dataset.train.strong_aug": {"type": "jitter"},
+    "trainer.optimizer.kwargs.weight_decay": 1e-4,
+    "trainer.reference_batch": 8,
+    "net.sync_bn": True,
+}
+
 # U2PL's own files, also those of its baseline. Dead keys steer nothing in U2PL's code, or only with other values.
 _SUP_ONLY["dataset.batch_size"] = "dataset.train.batch_size"
 _FORMER["u2pl"] = {
@@ -77,16 +106,16 @@ _U2PL_DEAD: dict[str, tuple | None] = {
 }
 # What is in U2PL's code instead, or where a key is not there.
 _U2PL_CODE = {"trainer.sup_only_epoch": 1, "trainer.unsupervised.apply_aug": False, "net.embedding": 256}
-_U2PL_SIZES = {
-    "pascal": 500,
-    "cityscapes": [1024, 2048],
-}  # of nearly all images: theirs are resized from their own size
+_U2PL_SIZES = {"pascal": 500, "cityscapes": [1024, 2048]}  # of nearly all images, which are resized from their own
 
 # Keys that former files may have although the method has no use for them.
 _IDLE = {
     "imas": ("dataset.train.strong_aug.labeled",),
     "sup_only": ("trainer.sup_only_epoch", "net.ema_decay", "trainer.unsupervised", "dataset.train.hardness_aware"),
 }
+
+# The authors' baseline leaves out the last short batch of an epoch on Cityscapes, and trains on it on Pascal.
+_DROP_LAST = "dataset.train.drop_last"
 
 
 def method_of(raw: dict[str, Any]) -> str:
@@ -98,6 +127,34 @@ def method_of(raw: dict[str, Any]) -> str:
     if isinstance(trainer, dict) and trainer.get("contrastive") is not None:
         return "u2pl"
     return "imas" if isinstance(trainer, dict) and trainer.get("unsupervised") is not None else "sup_only"
+
+
+def unfolded(raw: dict[str, Any], reader: Reader) -> tuple[dict[str, Any], list[str]]:
+    """A file of UniMatch's in sections, and a remark for each key; any other file as it is."""
+    if "nclass" not in raw or not isinstance(raw.get("dataset"), str):
+        return raw, []
+    sections: dict[str, Any] = {"unimatch": {}}
+    remarks: list[str] = []
+    implied = dict(_UNIMATCH_CODE)
+    if raw["dataset"] == "cityscapes":
+        implied |= {"dataset.train.resize_base_size": [1024, 2048], "dataset.val.crop.size": raw.get("crop_size")}
+    else:
+        implied["dataset.train.resize_base_size"] = 500
+    implied["net.encoder.pretrain"] = f"pretrained/{raw.get('backbone')}.pth"
+    for key, today in _UNIMATCH.items():
+        value = _pop(raw, key)
+        if value is not MISSING:
+            _move(sections, key, today, value, reader, remarks)
+    for key in ("criterion.kwargs", "criterion"):
+        if get(raw, key) == {}:
+            _pop(raw, key)
+    for key, value in raw.items():  # what is no key of theirs
+        _move(sections, key, key, value, reader, [])
+    for key, value in implied.items():
+        if get(sections, key) is MISSING and value is not None:
+            put(sections, key, value)
+            remarks.append(f"{key}: {show(value)}, as in UniMatch's code")
+    return sections, remarks
 
 
 def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) -> tuple[dict[str, Any], list[str]]:
@@ -119,7 +176,8 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             if today != value:
                 put(raw, key, today)
                 remarks.append(f"{key}: {value} → {today}")
-    for key, allowed in (_IGNORED_KEYS | (_U2PL_DEAD if method in ("u2pl", "sup_only") else {})).items():
+    dead = _U2PL_DEAD if former and method in ("u2pl", "sup_only") else {}
+    for key, allowed in (_IGNORED_KEYS | dead).items():
         value = _pop(raw, key)
         if value is MISSING:
             continue
@@ -139,6 +197,10 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
         for key in _IDLE.get(method, ()):
             if _pop(raw, key) not in (MISSING, None):
                 remarks.append(f"{key}: means nothing to {method}")
+        sup_only = method == "sup_only" and get(raw, "dataset.type") == "cityscapes"
+        if sup_only and get(raw, _DROP_LAST) is MISSING and isinstance(get(raw, "dataset.train"), dict):
+            put(raw, _DROP_LAST, True)
+            remarks.append(f"{_DROP_LAST}: true, as the authors train on Cityscapes without unlabeled images")
     for key, today in _FORMER.get(method, {}).items():
         value, section = _pop(raw, key), today.rpartition(".")[0]
         if value is not MISSING:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from .base import Method
+from .fixmatch import FixMatch
 from .imas import IMAS
 from .sup_only import SupOnly
 from .u2pl import U2PL
+from .unimatch import UniMatch
 
 METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
     "imas": IMAS,
     "sup_only": SupOnly,
+    "fixmatch": FixMatch,
+    "unimatch": UniMatch,
     "u2pl": U2PL,
 }
 DEFAULT = "sup_only"  # of a file without such a section

@@ -178,9 +178,7 @@ class U2PL(Method):
         if boxes is None:
             return image, label
         mask = mixing.box_mask(boxes.to(image.device, non_blocking=True), *label.shape[-2:])
-        return tuple(
-            torch.where(inside, base.roll(-1, 0), base) for inside, base in ((mask[:, None], image), (mask, label))
-        )
+        return mixing.put(image, image.roll(-1, 0), mask), mixing.put(label, label.roll(-1, 0), mask)
 
     def boxes(self, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor | None:
         """The boxes of CutMix, (B, 4) as ``mixing.half_boxes`` gives them; None for half of the batches."""
@@ -335,7 +333,7 @@ class U2PL(Method):
         if self.options.use_cutmix:
             mask = mixing.half_boxes(len(label), *label.shape[-2:], progress.generator)
             mask = mixing.box_mask(mask.to(label.device), *label.shape[-2:])
-            columns["CutMix view"] = torch.where(mask.unsqueeze(1), unlabeled.weak.roll(-1, 0), unlabeled.weak)
+            columns["CutMix view"] = mixing.put(unlabeled.weak, unlabeled.weak.roll(-1, 0), mask)
         return columns | {
             "pseudo label (grey: dropped)": label.masked_fill(~sure.kept, _IGNORED),
             "positives (red)": sure.low,
