@@ -131,7 +131,7 @@ def area_mask(batch: int, height: int, width: int, generator: torch.Generator, p
 
 
 def half_boxes(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """A box of half of the image's area in each image (U2PL; spec, CutMix).
+    """A box of half of the image's area in each image (U2PL).
 
     Returns:
         (B, 4) int64 on the CPU: top, left, and behind the last row and column.
