@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from .augseg import AugSeg
 from .base import Method
+from .cps import CPS
 from .fixmatch import FixMatch
 from .imas import IMAS
+from .psmt import PSMT
 from .sup_only import SupOnly
 from .u2pl import U2PL
 from .unimatch import UniMatch
@@ -14,6 +17,9 @@ METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
     "sup_only": SupOnly,
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
+    "augseg": AugSeg,
+    "cps": CPS,
+    "psmt": PSMT,
     "u2pl": U2PL,
 }
 DEFAULT = "sup_only"  # of a file without such a section
