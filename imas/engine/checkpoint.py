@@ -49,10 +49,11 @@ def save(state: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({reason}). The last good checkpoint stays as it was") from None
 
 
-def need_space(folder: Path, networks: dict[str, nn.Module], averages: int) -> None:
+def need_space(folder: Path, networks: dict[str, nn.Module], averages: int, extra: int = 0) -> None:
     """See that the checkpoints of a run will fit on the disk.
 
     Args:
+        extra: bytes of ``Method.extra_bytes``.
         averages: running averages that the optimiser keeps of every trained parameter.
 
     Raises:
@@ -60,7 +61,7 @@ def need_space(folder: Path, networks: dict[str, nn.Module], averages: int) -> N
     """
     tensors = [tensor for network in networks.values() for tensor in network.state_dict().values()]
     trained = [weight for network in networks.values() for weight in network.parameters() if weight.requires_grad]
-    size = sum(tensor.nbytes for tensor in tensors) + averages * sum(weight.nbytes for weight in trained)
+    size = extra + sum(tensor.nbytes for tensor in tensors) + averages * sum(weight.nbytes for weight in trained)
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     if free < _FILES * size:

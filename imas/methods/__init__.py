@@ -9,6 +9,7 @@ from .fixmatch import FixMatch
 from .imas import IMAS
 from .psmt import PSMT
 from .sup_only import SupOnly
+from .u2pl import U2PL
 from .unimatch import UniMatch
 
 METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
@@ -19,5 +20,6 @@ METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
     "augseg": AugSeg,
     "cps": CPS,
     "psmt": PSMT,
+    "u2pl": U2PL,
 }
 DEFAULT = "sup_only"  # of a file without such a section
