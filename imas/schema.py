@@ -52,7 +52,10 @@ class ValCrop:
 
 @dataclass(frozen=True)
 class StrongAug:
-    num_augs: int = option(2, check=AT_LEAST_ONE)
+    """A strong view; ``data/strong.py`` has a function for each kind."""
+
+    type: Literal["pool", "jitter"] = "pool"
+    num_augs: int = option(2, check=AT_LEAST_ONE)  # of pool: operations of a view
 
 
 @dataclass(frozen=True)
