@@ -56,6 +56,7 @@ class StrongAug:
 
     type: Literal["pool", "jitter"] = "pool"
     num_augs: int = option(2, check=AT_LEAST_ONE)  # of pool: operations of a view
+    cutout: bool = False  # noise in a box of half the views, which their pseudo label leaves out
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class TrainData:
     )
     crop: Crop | None = None
     strong_aug: StrongAug | None = None
+    pseudo_labels: str | None = None  # a folder of labels of the unlabeled images, for a method that reads such
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..schema import Config
 from .cache import CachedSource
 from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
+from .labels import open_labels
 from .lists import Lists, val_root
 from .source import DataError, FileSource, open_source
 
@@ -113,7 +114,9 @@ class TrainingData:
             "rand" if train.crop is None else train.crop.type,
             config.dataset.ignore_label,
         )
-        wants, strong_aug = config.wants, train.strong_aug
+        wants, strong_aug, labels = config.wants, train.strong_aug, None
+        if wants.pseudo_label and train.pseudo_labels is not None:
+            labels = open_labels(config.dataset, train.pseudo_labels)
         if strong_aug is None:
             wants = wants._replace(strong=0, labeled_strong=0)
         skip = config.dataset.on_error == "skip"
@@ -130,7 +133,8 @@ class TrainingData:
         self.labeled = _loader(labeled, self.labeled_sampler, workers)
         self.unlabeled = None
         if pool:
-            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, strong_aug, skip)
+            views = (wants.strong, strong_aug, skip)
+            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, *views, labels=labels)
             self.unlabeled_sampler = EpochSampler(
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )
