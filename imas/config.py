@@ -217,6 +217,14 @@ def _check_data(config: Config, reader: Reader) -> None:
     dataset, train = config.dataset, config.dataset.train
     if train.rand_resize is not None and train.resize_base_size is None:
         reader.error("dataset.train.resize_base_size", "missing; dataset.train.rand_resize needs it")
+    if not config.wants.pseudo_label:
+        reads = (
+            f"only for a method that reads pseudo labels from files, and {config.method} with these options does not"
+        )
+        if train.pseudo_labels is not None:
+            reader.error("dataset.train.pseudo_labels", reads)
+        if train.strong_aug is not None and train.strong_aug.cutout:
+            reader.error("dataset.train.strong_aug.cutout", reads)
     in_files = dataset.type in ("pascal", "cityscapes", "folder")
     if train.crop is None and (train.rand_resize is not None or in_files):
         reader.error("dataset.train.crop", "missing; images of different sizes need a crop to be batched")
