@@ -179,13 +179,13 @@ class Session:
     def score(
         self, stage: str, title: str, networks: Sequence[nn.Module], names: Sequence[str], measure: Measure
     ) -> dict[str, float]:
-        """Score images once: ``log/STAGE/TITLE.csv``, largest first; of equal scores the first of the list is first.
+        """Score images once: ``log/STAGE/TITLE.csv``, largest first, equal ones in the order of the list.
 
         Args:
             measure: (networks, (1, 3, H, W) normalised image) → its score.
 
         Returns:
-            Scores by name, in this order.
+            Scores by name, in the order of the table.
         """
         start_logging(self.config.log_dir)
         folder = self.config.log_dir / stage

@@ -122,11 +122,10 @@ class STPP(Method):
             session.config.options,
             session.config.options.stages,
         )
-        count = int(options.reliable_share * len(lists.unlabeled))
         if plan == "last":
             cls.train_on_both(session, "", lists)
             return
-        if plan == "st++" and count == 0:
+        if plan == "st++" and int(options.reliable_share * len(lists.unlabeled)) == 0:
             raise UserError(
                 f"stpp: none of the {len(lists.unlabeled)} unlabeled images would be selected as reliable "
                 f"(stpp.reliable_share {options.reliable_share:g}); take more images, or stpp.stages: st"
@@ -141,8 +140,8 @@ class STPP(Method):
         # Stage 1: the labeled images alone.
         keep = checkpoint_epochs(config.trainer.epochs) if plan == "st++" else []
         alone = dataclasses.replace(lists, unlabeled=[])
-        start = supervised_config(config, len(lists.labeled), distributed.world_size())
-        first = session.fit("1-labeled", SupOnly, start, alone, keep=keep)
+        supervised = supervised_config(config, len(lists.labeled), distributed.world_size())
+        first = session.fit("1-labeled", SupOnly, supervised, alone, keep=keep)
         labeler = session.network(SupOnly, first, options.labeler)
         if plan == "st":  # stages 2 and 3 of ST
             folder = session.label("2-labels", labeler, lists.unlabeled, label)
@@ -152,8 +151,7 @@ class STPP(Method):
         # Stage 2: reliability. The networks of the last epochs are compared with the one after the last epoch.
         networks = [session.network(SupOnly, first, epoch) for epoch in keep]
         scores = session.score("2-reliability", "reliability", networks, lists.unlabeled, agreement)
-        order = list(scores)
-        reliable, unreliable = order[:count], order[count:]
+        reliable, unreliable = select(scores, options.reliable_share)
         session.show("reliability", networks, extremes(scores))
 
         # Stages 3 and 4: the reliable images get labels, and a new network trains on them.
@@ -169,17 +167,22 @@ class STPP(Method):
     @classmethod
     def train_on_both(cls, session: Session, stage: str, lists: Lists, folder: Path | None = None) -> Config:
         """A training on labeled and pseudo-labeled images; without a folder on the labels of the configuration."""
-        config = session.config
-        pairs = mixed_length(len(lists.labeled), len(lists.unlabeled)) // 2
-        train = {"epoch_size": config.dataset.train.epoch_size or pairs}
-        if folder is not None:
-            train["pseudo_labels"] = str(folder)
-        return session.fit(stage, cls, with_train(config, **train), lists)
+        counts = len(lists.labeled), len(lists.unlabeled)
+        return session.fit(stage, cls, mixed_config(session.config, *counts, distributed.world_size(), folder), lists)
+
+
+def select(scores: dict[str, float], share: float) -> tuple[list[str], list[str]]:
+    """Names of the reliable images, a share of all, rounded down, and of the others; largest scores first, equal ones
+    in the order that they came in.
+    """
+    order = sorted(scores, key=lambda name: -scores[name])
+    count = int(share * len(order))
+    return order[:count], order[count:]
 
 
 def extremes(scores: dict[str, float]) -> dict[str, str]:
-    """Captions of the most and the least reliable images, of scores in falling order."""
-    order = list(scores)
+    """Captions of the most and the least reliable images."""
+    order = sum(select(scores, 0.5), [])
     chosen = dict.fromkeys(order[:_SHOWN], "most reliable") | dict.fromkeys(order[_SHOWN:][-_SHOWN:], "least reliable")
     return {name: f"{name}: {kind}, {scores[name]:.3f}" for name, kind in chosen.items()}
 
@@ -190,8 +193,13 @@ def with_train(config: Config, **values: Any) -> Config:
     return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, train=train))
 
 
+def first_length(labeled: int) -> int:
+    """Images an epoch of the first training."""
+    return labeled * (2 if labeled < _FEW else 1)
+
+
 def mixed_length(labeled: int, unlabeled: int) -> int:
-    """Images an epoch: the labeled ones, repeated until they are as many as the others, and the others."""
+    """Images an epoch of a later training: the others, and the labeled ones, repeated until they are as many."""
     return labeled * -(-unlabeled // labeled) + unlabeled
 
 
@@ -201,20 +209,34 @@ def checkpoint_epochs(epochs: int) -> list[int]:
 
 
 def supervised_config(config: Config, labeled: int, world: int) -> Config:
-    """The configuration of the first training: labeled images alone, as many a batch as of both kinds later. Few are
-    seen twice in an epoch; the last short batch is dropped.
-    """
-    train = config.dataset.train
-    batch = 2 * train.batch_size
+    """The configuration of the first training: labeled images alone, as many a batch as of both kinds later."""
+    batch, size = 2 * config.dataset.train.batch_size, config.dataset.train.epoch_size
     total = world * batch * config.trainer.accumulate
-    length = 2 * train.epoch_size if train.epoch_size else labeled * (2 if labeled < _FEW else 1)
-    config = with_train(config, batch_size=batch, epoch_size=max(total, length - length % total), pseudo_labels=None)
+    size = 2 * size if size else whole_batches(first_length(labeled), total)
+    config = with_train(config, batch_size=batch, epoch_size=size, strong_aug=None)
     reference = config.trainer.reference_batch
     trainer = dataclasses.replace(config.trainer, reference_batch=reference and 2 * reference)
     options = SupOnly.Options()
     return dataclasses.replace(
         config, trainer=trainer, method="sup_only", options=options, wants=SupOnly.wants(options)
     )
+
+
+def mixed_config(config: Config, labeled: int, unlabeled: int, world: int, folder: Path | None) -> Config:
+    """The configuration of a training on labeled and pseudo-labeled images, half a batch each: it is one of the last
+    stage alone, on the labels of the folder; without one on those that the configuration names.
+    """
+    train = config.dataset.train
+    total = world * train.batch_size * config.trainer.accumulate
+    size = train.epoch_size or whole_batches(mixed_length(labeled, unlabeled) // 2, total)
+    labels = train.pseudo_labels if folder is None else str(folder)
+    options = dataclasses.replace(config.options, stages="last")
+    return dataclasses.replace(with_train(config, epoch_size=size, pseudo_labels=labels), options=options)
+
+
+def whole_batches(length: int, total: int) -> int:
+    """Images of an epoch without its last short batch, at least one batch."""
+    return max(total, length - length % total)
 
 
 def mutual_miou(one: Tensor, other: Tensor, num_classes: int) -> float:
