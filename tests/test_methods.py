@@ -249,6 +249,7 @@ def test_a_step_is_a_pure_function_of_its_inputs() -> None:
 # A line for each method: the options of its section with which its step does all that it can.
 CONTRACT = {
     "imas": {"threshold": 0.5, "use_cutmix": True, "hardness": HardnessOptions(blend=True)},
+    "stpp": {},
     "sup_only": {"strong_views": True},
 }
 

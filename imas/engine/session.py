@@ -232,7 +232,7 @@ class Session:
         network: nn.Module,
         names: Sequence[str],
         predict: Callable[[nn.Module, Tensor], Tensor],
-        known: Mapping[str, Path] | None = None,
+        known: tuple[Path | None, Sequence[str]] = (None, ()),
     ) -> Path:
         """Label images once, as index PNGs: see ``data.labels``. A person may change them before they are used.
 
@@ -241,7 +241,7 @@ class Session:
 
         Args:
             predict: (network, (1, 3, H, W) normalised image) → (1, H, W) class numbers.
-            known: the labels of further images by name, which are copied.
+            known: a folder of labels, and further images, whose labels are copied from there.
 
         Returns:
             The folder.
@@ -250,8 +250,7 @@ class Session:
             UserError: the folder holds labels of another network, or of other images.
         """
         start_logging(self.config.log_dir)
-        known = known or {}
-        everything = [*known, *names]
+        everything = [*known[1], *names]
         folder, manifest = self.config.snapshot_dir / stage / "labels", _manifest([network], everything)
         if folder.is_dir():
             if _read(folder) != manifest:
@@ -271,15 +270,10 @@ class Session:
         distributed.barrier()
         whole, palette = open_labels(self.config.dataset, torn), catalog_of(self.config.dataset).palette
         mine = [name for name in everything[distributed.rank() :: distributed.world_size()] if not _has(whole, name)]
-        for name in mine:
-            if name in known:
-                if not known[name].is_file():
-                    raise UserError(f"{known[name]}: no such file; the label was written here, and is needed again")
-                path = label_path(torn, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as temporary:
-                    shutil.copyfile(known[name], temporary)
-        for name, image in self.images([name for name in mine if name not in known]):
+        copied = set(known[1])
+        for name in filter(copied.__contains__, mine):
+            _copy(label_path(known[0], name), label_path(torn, name))
+        for name, image in self.images([name for name in mine if name not in copied]):
             write_labels(label_path(torn, name), predict(network, image)[0].byte().cpu().numpy(), palette)
         distributed.barrier()
         if distributed.is_main():
@@ -287,6 +281,14 @@ class Session:
         distributed.barrier()
         log.info("labels:       %s", folder)
         return folder
+
+
+def _copy(path: Path, target: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the label was written there, and is needed again")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        shutil.copyfile(path, temporary)
 
 
 def _has(labels: FileSource, name: str) -> bool:

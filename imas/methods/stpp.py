@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
-from ..data.labels import label_path
-from ..data.lists import Lists
 from ..errors import UserError
 from ..ops.metrics import ConfusionMatrix
 from ..ops.pseudo import label_shares, predict
@@ -28,6 +26,7 @@ from .base import Labeled, Method, NewNetwork, Progress, Step, Supervised, Unlab
 from .sup_only import SupOnly
 
 if TYPE_CHECKING:
+    from ..data.lists import Lists
     from ..engine.session import Session
 
 _FEW = 200  # labeled images: fewer are seen twice in an epoch of the first training
@@ -159,9 +158,8 @@ class STPP(Method):
         second = cls.train_on_both(session, "4-reliable", dataclasses.replace(lists, unlabeled=reliable), folder)
 
         # Stages 5 and 6: that network labels the others, and the last network trains on all.
-        known = {name: label_path(folder, name) for name in reliable}
         labeler = session.network(cls, second, options.labeler)
-        folder = session.label("5-labels", labeler, unreliable, label, known)
+        folder = session.label("5-labels", labeler, unreliable, label, known=(folder, reliable))
         cls.train_on_both(session, "", lists, folder)
 
     @classmethod
