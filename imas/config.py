@@ -218,9 +218,7 @@ def _check_data(config: Config, reader: Reader) -> None:
     if train.rand_resize is not None and train.resize_base_size is None:
         reader.error("dataset.train.resize_base_size", "missing; dataset.train.rand_resize needs it")
     if not config.wants.pseudo_label:
-        reads = (
-            f"only for a method that reads pseudo labels from files, and {config.method} with these options does not"
-        )
+        reads = f"only for a method that reads pseudo labels from files, which {config.method} does not"
         if train.pseudo_labels is not None:
             reader.error("dataset.train.pseudo_labels", reads)
         if train.strong_aug is not None and train.strong_aug.cutout:
