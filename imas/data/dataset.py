@@ -103,8 +103,8 @@ class UnlabeledSet(_AugmentedSet):
             view, the label is the ignore label.
     """
 
-    def __init__(self, *arguments: Any, labels: Source | None = None) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, labels: Source | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.labels = labels
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:

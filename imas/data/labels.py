@@ -45,13 +45,18 @@ def _decode(ignore: int, path: Path, image: Image.Image) -> np.ndarray:
     return labels if ignore == _UNSURE else np.where(labels == _UNSURE, np.uint8(ignore), labels)
 
 
-def write_labels(path: Path, labels: np.ndarray, palette: Sequence[Colour]) -> None:
-    """(H, W) uint8 class numbers as an index PNG of 8 bits, whole or not at all. The palette has 256 colours, since
-    Pillow stores fewer bits with a shorter one, and would change 255.
+def index_picture(labels: np.ndarray, palette: Sequence[Colour]) -> Image.Image:
+    """(H, W) uint8 class numbers, or 255, with their colours. The palette has 256 of them, since Pillow stores fewer bits
+    a pixel with a shorter one, and would change 255.
     """
     colours = [*palette, *[(0, 0, 0)] * (_UNSURE - len(palette)), _UNSURE_COLOUR]
-    image = Image.fromarray(labels)
-    image.putpalette(list(itertools.chain(*colours)))
+    picture = Image.fromarray(labels)
+    picture.putpalette(list(itertools.chain(*colours)))
+    return picture
+
+
+def write_labels(path: Path, labels: np.ndarray, palette: Sequence[Colour]) -> None:
+    """``index_picture`` as a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        image.save(temporary, "PNG")
+        index_picture(labels, palette).save(temporary, "PNG")
