@@ -118,6 +118,8 @@ def test_every_stage_has_its_folder(straight: Path) -> None:
         assert image.mode == "P" and image.size == (32, 32) and np.asarray(image).max() < 4
         assert image.getpalette()[3:6] == [128, 0, 0]
     assert (straight / "log" / "reliability.png").is_file() and (straight / "log" / "views.png").is_file()
+    page = (straight / "log" / "report.html").read_text()
+    assert "Further pictures" in page and all(f"{stage}/report.html" in page for stage in ("1-labeled", "4-reliable"))
 
 
 def test_later_trainings_start_anew_on_their_own_images(straight: Path) -> None:

@@ -46,8 +46,8 @@ def _decode(ignore: int, path: Path, image: Image.Image) -> np.ndarray:
 
 
 def index_picture(labels: np.ndarray, palette: Sequence[Colour]) -> Image.Image:
-    """(H, W) uint8 class numbers, or 255, with their colours. The palette has 256 of them, since Pillow stores fewer bits
-    a pixel with a shorter one, and would change 255.
+    """(H, W) uint8 class numbers, or 255, with their colours. The palette has 256 of them, since Pillow stores fewer
+    bits a pixel with a shorter one, and would change 255.
     """
     colours = [*palette, *[(0, 0, 0)] * (_UNSURE - len(palette)), _UNSURE_COLOUR]
     picture = Image.fromarray(labels)

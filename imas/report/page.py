@@ -77,6 +77,7 @@ def _write(runs: Runs, out: Path) -> None:
         "Evaluation of each class, in percent": _evaluation(runs),
         "The hardest and the easiest unlabeled images": _images(runs),
         "Validation images": _pictures(runs, "predictions.png", "image, truth and predictions"),
+        "Further pictures": "".join(_pictures(runs, name, Path(name).stem) for name in _further(runs)),
         "Recipe": "".join(_folded(*recipe) for recipe in recipes),
         "Environment": "".join(_folded(*start) for start in starts),
         "TensorBoard": "".join(f"<pre>tensorboard --logdir {escape(board)}</pre>" for board in boards),
@@ -261,6 +262,12 @@ def _image(run: Record, image: str) -> tuple[Any, ...]:
     line, title = Line(epochs, values, run.colour), f"scores of {image}"
     trend = Markup(chart([line], title=title, epochs=_epochs([run]), include=(0.0, 1.0), small=True))
     return image, f"{values[-1]:.3f}", epochs[-1], f"{values[-1] - values[0]:+.2f}" if len(values) > 1 else None, trend
+
+
+def _further(runs: Runs) -> list[str]:
+    """Pictures in the log folders that have no place of their own, such as those of a method's stages."""
+    found = {path.name for run in runs for path in run.folder.glob("*.png")}
+    return sorted(found - {"predictions.png", "views.png"})
 
 
 def _pictures(runs: Runs, name: str, what: str) -> str:
