@@ -318,7 +318,8 @@ def test_uncertain_pixels_become_255_in_masks_to_train_on(trained, tmp_path: Pat
     (tmp_path / "out" / "index").rename(tmp_path / "masks")
     (tmp_path / "list.txt").write_text("a.png\n")
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({**{key: TINY[key] for key in ("trainer", "net")}, "sup_only": {}, "dataset": dataset}))
+    sections = {key: TINY[key] for key in ("trainer", "net")} | {"sup_only": {}, "dataset": dataset}
+    path.write_text(yaml.safe_dump(sections))
     config = load_config(path)
     assert len(check_data(config).labeled) == 5
     with pytest.raises(UserError, match="--min-confidence 2: expected a number between 0 and 1"):
