@@ -33,8 +33,8 @@ from torch.utils.data import default_collate
 
 from imas.data import dataset
 from imas.data.cache import CachedSource
-from imas.data.catalog import PASCAL
-from imas.data.source import Source, open_source
+from imas.data.catalog import PASCAL, open_source
+from imas.data.source import Source
 from imas.schema import Dataset, StrongAug, TrainData
 
 from . import plain

@@ -54,8 +54,9 @@ class ValCrop:
 class StrongAug:
     """A strong view; ``data/strong.py`` has a function for each kind."""
 
-    type: Literal["pool", "jitter"] = "pool"
-    num_augs: int = option(2, check=AT_LEAST_ONE)  # of pool: operations of a view
+    type: Literal["pool", "narrow_pool", "jitter"] = "pool"
+    num_augs: int = option(2, check=AT_LEAST_ONE)  # of the pools: operations of a view
+    random_number: bool = False  # of the pools: 1 to num_augs operations, each number as often
     cutout: bool = False  # noise in a box of half the views, which their pseudo label leaves out
 
 
@@ -66,6 +67,7 @@ class TrainData:
     unlabeled_list: str | None = None  # default: beside data_list, labeled.txt → unlabeled.txt
     batch_size: int = option(2, check=AT_LEAST_ONE)  # per process, labeled and again unlabeled
     epoch_size: int | None = option(None, check=AT_LEAST_ONE)  # images an epoch; default: one pass over the list
+    drop_last: bool = False  # leave out the last short batch of labeled images; always so with unlabeled ones
     flip: bool = False
     rand_resize: tuple[float, float] | None = option(None, check=RANGE)
     resize_base_size: int | tuple[int, int] | None = option(
@@ -122,7 +124,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Dataset:
-    type: Literal["pascal", "cityscapes", "folder", "shapes"] = option()
+    type: str = option()  # a name in DATASETS of data/catalog.py
     train: TrainData = option()
     val: ValData = option(ValData)
     shapes: Shapes = option(Shapes)
@@ -141,6 +143,7 @@ class OptimizerKwargs:
     lr: float = option(check=POSITIVE)  # of the encoder
     momentum: float = option(0.9, check=FRACTION)
     weight_decay: float = option(0.0, check=NOT_NEGATIVE)
+    decay: Literal["all", "convolutions"] = "all"  # what weight_decay is for: convolutions leaves out BatchNorm, biases
 
 
 @dataclass(frozen=True)

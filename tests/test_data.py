@@ -18,13 +18,13 @@ from torchvision import transforms
 
 from imas.config import load_config
 from imas.data import strong
-from imas.data.catalog import CITYSCAPES, PASCAL, cityscapes_files, pascal_files
+from imas.data.catalog import CITYSCAPES, PASCAL, cityscapes_files, cityscapes_labels, pascal_files
 from imas.data.check import check_data
 from imas.data.dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
 from imas.data.lists import read_list, read_lists
 from imas.data.loaders import EpochSampler, TrainingData, evaluation_batches, evaluation_loader, oversample
 from imas.data.normalise import Normalise
-from imas.data.source import FileSource, ShapesSource, cityscapes_labels
+from imas.data.source import FileSource, ShapesSource
 from imas.data.strong import KINDS, OPERATIONS, strong_view
 from imas.data.weak import resized_size, weak_view
 from imas.engine.run import to_device
@@ -81,7 +81,7 @@ def _pascal(root: Path) -> FileSource:
 
 
 def _cityscapes(root: Path) -> FileSource:
-    return FileSource(cityscapes_files, root, 19, 255, partial(cityscapes_labels, 255))
+    return FileSource(cityscapes_files, root, 19, 255, partial(cityscapes_labels, ignore_index=255))
 
 
 def _config(folder: Path, raw: dict, overrides: tuple[str, ...] = ()) -> Config:

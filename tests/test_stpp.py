@@ -223,7 +223,7 @@ def test_a_person_corrects_labels_between_stages(recipe: Experiment, monkeypatch
     with pytest.raises(UserError) as error:
         train_semi.main(["--config", str(path)])
     for words in (
-        "3 of 16 pseudo labels in",
+        "3 files of the unlabeled images and their labels in",
         "32×32 pixels, its mask 32×30",
         "values 9; expected classes 0..3",
         "no such file",
@@ -250,7 +250,7 @@ def test_labels_from_elsewhere(recipe: Experiment, straight: Path, tmp_path: Pat
     assert all(torch.equal(ours["model_state"][key], value) for key, value in theirs["model_state"].items())
 
     path = recipe("missing", {"pseudo_labels": str(tmp_path / "nowhere")}, stages="last")
-    with pytest.raises(UserError, match="16 of 16 pseudo labels in .*nowhere cannot be used"):
+    with pytest.raises(UserError, match="16 files of the unlabeled images and their labels in .*nowhere cannot be used"):
         train_semi.main(["--config", str(path)])
     assert not (path.parent / "log").exists()
 
@@ -281,7 +281,7 @@ def test_lists_that_do_not_go_together(recipe: Experiment, tmp_path: Path) -> No
     with pytest.raises(UserError) as error:
         train_semi.main(["--config", str(path), *words])
     text = str(error.value)
-    for problem in ("more than once", "both labeled and unlabeled", "both unlabeled and in the validation list"):
+    for problem in ("more than once", "both labeled and unlabeled", "both unlabeled and val"):
         assert f"1 images are {problem}" in text
     assert not (path.parent / "log").exists()
     (tmp_path / "unlabeled.txt").write_text("shapes/00005\n")

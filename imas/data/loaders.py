@@ -20,10 +20,11 @@ from torchvision.transforms import functional as TF
 from ..errors import UserError
 from ..schema import Config
 from .cache import CachedSource
+from .catalog import open_source
 from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
 from .labels import open_labels
 from .lists import Lists, val_root
-from .source import DataError, FileSource, Source, open_source
+from .source import DataError, FileSource, Source
 
 _STREAMS = {"labeled": 0, "unlabeled": 1}
 _OVERSAMPLING, _ORDER = 2, 3  # what else is drawn, as numbers beside those of the streams
@@ -127,8 +128,7 @@ class TrainingData:
         items, size = list(range(count)), train.epoch_size or count
         if pool and train.epoch_size is None:
             items, size = oversample(count, pool, seed), pool
-        # SupOnly keeps Pascal's last short batch and drops that of Cityscapes (spec, SupOnly).
-        drop_last = bool(pool) or config.dataset.type == "cityscapes"
+        drop_last = bool(pool) or train.drop_last
         self.labeled_sampler = EpochSampler(
             items, size, train.batch_size, seed, "labeled", rank, world, drop_last
         )  # fmt: skip

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..data.catalog import catalog_of
-from ..data.check import check_labels
+from ..data.check import unusable
 from ..data.labels import label_path, open_labels, write_labels
 from ..data.lists import Lists
 from ..data.loaders import whole_images
@@ -81,6 +81,7 @@ class Session:
         config: Config | None = None,
         lists: Lists | None = None,
         start: Path | None = None,
+        momentum: str | None = None,
         keep: Collection[int] = (),
     ) -> Config:
         """Train one stage, or what is left of it; a stage that is done is skipped.
@@ -92,6 +93,7 @@ class Session:
             config: of this stage, where it differs from the experiment's.
             lists: of this stage, where they differ.
             start: a checkpoint whose networks the stage starts from.
+            momentum: a network whose momentum goes on from there, too. The stage trains it alone.
             keep: numbers of epochs, from 1, whose networks stay (``checkpoint.kept``).
 
         Returns:
@@ -100,7 +102,8 @@ class Session:
         Raises:
             UserError: the stage was trained with another seed; pseudo labels that are missing or do not fit.
         """
-        config, lists = dataclasses.replace(config or self.config, stage=stage), lists or self.lists
+        config, lists = config or self.config, lists or self.lists
+        config = dataclasses.replace(config, stage=stage, wants=kind.wants(config.options))
         mark = config.snapshot_dir / _DONE
         found = checkpoint.find_checkpoint(config.snapshot_dir, self._resume(config))
         if stage and mark.is_file():
@@ -116,13 +119,26 @@ class Session:
         start_logging(config.log_dir)
         if stage:
             log.info("stage %s begins", stage)
-        fit(method.to(self.device), config, lists, seed=self.seed, device=self.device, resumed_from=found, keep=keep)
+        fit(
+            method.to(self.device),
+            config,
+            lists,
+            seed=self.seed,
+            device=self.device,
+            resumed_from=found,
+            momentum=None if found is not None or momentum is None else (start, momentum),
+            keep=keep,
+        )
         if distributed.is_main():
             self.finish(config)
             if stage:
                 mark.write_text(str(self.seed), encoding="utf-8")
         distributed.barrier()  # the next stage reads what this one has written
         return config
+
+    def last(self, config: Config) -> Path:
+        """The last checkpoint of a stage that is done, by the configuration that ``fit`` gave."""
+        return config.snapshot_dir / checkpoint.LAST
 
     def _resume(self, config: Config) -> str:
         """A checkpoint file resumes the stage that it belongs to; the other stages go on by themselves."""
@@ -142,11 +158,11 @@ class Session:
 
     def _check_labels(self, config: Config, lists: Lists) -> None:
         """See that each unlabeled image of a stage has a pseudo label that fits, if it reads such."""
-        if not config.wants.pseudo_label or not lists.unlabeled:
+        folders = (each.dataset.train.pseudo_labels for each in (config, self.config))
+        if not config.wants.pseudo_label or len(set(folders)) == 1:  # those of the experiment were looked at before
             return
-        mine = lists.unlabeled[distributed.rank() :: distributed.world_size()]
-        problems = sum(distributed.gather(check_labels(config, mine)), [])
-        if problems:
+        mine = Lists([], lists.unlabeled[distributed.rank() :: distributed.world_size()], [])
+        if problems := sum(distributed.gather(unusable(config, mine)), []):
             raise UserError("\n".join(problems))
 
     def network(self, kind: type[Method], stage: Config, which: str | int) -> nn.Module:

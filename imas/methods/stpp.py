@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ..engine.session import Session
 
 _FEW = 200  # labeled images: fewer are seen twice in an epoch of the first training
-
 _SHOWN = 4  # of the most and of the least reliable images
 
 
@@ -75,8 +74,8 @@ class STPP(Method):
         return problems
 
     def forward(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> Step:
-        image, label = self.joined(labeled, unlabeled)
-        coarse, aux = self.student.coarse(image)
+        label = torch.cat([labeled.label, unlabeled.label])
+        coarse, aux = self.student.coarse(torch.cat([labeled.image, trained_view(unlabeled)]))
         loss = self.supervised(coarse, aux, label)  # one mean over all valid pixels of both
         count, classes = len(labeled.image), self.student.num_classes
         with torch.no_grad():  # the two halves, for the log
@@ -94,12 +93,6 @@ class STPP(Method):
         }
         return Step(loss, scalars)
 
-    @staticmethod
-    def joined(labeled: Labeled, unlabeled: Unlabeled) -> tuple[Tensor, Tensor]:
-        """Images and labels of both halves of a batch; the weak view where there is no strong one."""
-        view = unlabeled.strong[0] if unlabeled.strong else unlabeled.weak
-        return torch.cat([labeled.image, view]), torch.cat([labeled.label, unlabeled.label])
-
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student}
 
@@ -109,18 +102,14 @@ class STPP(Method):
     def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
         if unlabeled is None or unlabeled.label is None:
             return {}
-        view = unlabeled.strong[0] if unlabeled.strong else unlabeled.weak
-        predicted = predict(self.student.coarse(unlabeled.weak, aux=False)[0], view.shape[-2:]).label
-        return {"weak": unlabeled.weak, "trained on": view, "pseudo label": unlabeled.label, "student": predicted}
+        weak, view = unlabeled.weak, trained_view(unlabeled)
+        predicted = predict(self.student.coarse(weak, aux=False)[0], view.shape[-2:]).label
+        return {"weak": weak, "trained on": view, "pseudo label": unlabeled.label, "student": predicted}
 
     @classmethod
     def run(cls, session: Session) -> None:
-        config, lists, options, plan = (
-            session.config,
-            session.lists,
-            session.config.options,
-            session.config.options.stages,
-        )
+        config, lists, options = session.config, session.lists, session.config.options
+        plan = options.stages
         if plan == "last":
             cls.train_on_both(session, "", lists)
             return
@@ -167,6 +156,11 @@ class STPP(Method):
         """A training on labeled and pseudo-labeled images; without a folder on the labels of the configuration."""
         counts = len(lists.labeled), len(lists.unlabeled)
         return session.fit(stage, cls, mixed_config(session.config, *counts, distributed.world_size(), folder), lists)
+
+
+def trained_view(unlabeled: Unlabeled) -> Tensor:
+    """The strong view; the weak one where no ``dataset.train.strong_aug`` is configured."""
+    return unlabeled.strong[0] if unlabeled.strong else unlabeled.weak
 
 
 def select(scores: dict[str, float], share: float) -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -76,9 +77,10 @@ def _truncated_normal(low: float, high: float, mean: float, uniform: float) -> f
     return min(max(drawn, low), high)
 
 
-def beta_side(generator: torch.Generator, concentration: float = 4.0) -> float:
-    """√(1 − λ) with λ ~ Beta(4, 4): the box side of the classic CutMix (spec, ``use_cutmix_beta``)."""
-    gammas = torch._standard_gamma(torch.full((2,), concentration, dtype=torch.float64), generator=generator)
+def beta_side(generator: torch.Generator, alpha: float = 4.0, beta: float = 4.0) -> float:
+    """√(1 − λ) with λ ~ Beta(α, β): the box side of the classic CutMix (spec, ``use_cutmix_beta``) and of AugSeg."""
+    concentrations = torch.tensor([alpha, beta], dtype=torch.float64)
+    gammas = torch._standard_gamma(concentrations, generator=generator)
     return math.sqrt(1 - (gammas[0] / gammas.sum()).item())
 
 
@@ -90,9 +92,15 @@ def cutmix_mask(
     A box is int(H·side) × int(W·side) around a centre that is uniform in [H//border, H) × [W//border, W),
     clipped to the image.
     """
+    rows = torch.randint(height // border, height, (batch,), generator=generator)
+    columns = torch.randint(width // border, width, (batch,), generator=generator)
+    return centred_boxes(height, width, side, rows, columns)
+
+
+def centred_boxes(height: int, width: int, side: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """The boxes of ``cutmix_mask`` around given centres, each (B,) int64; an odd side loses a pixel."""
     half_h, half_w = int(height * side) // 2, int(width * side) // 2
-    rows = torch.randint(height // border, height, (batch, 1, 1), generator=generator)
-    columns = torch.randint(width // border, width, (batch, 1, 1), generator=generator)
+    rows, columns = rows.view(-1, 1, 1), columns.view(-1, 1, 1)
     y = torch.arange(height).view(1, -1, 1)
     x = torch.arange(width).view(1, 1, -1)
     return (y >= rows - half_h) & (y < rows + half_h) & (x >= columns - half_w) & (x < columns + half_w)
@@ -130,8 +138,50 @@ def area_mask(batch: int, height: int, width: int, generator: torch.Generator, p
     return mask
 
 
+def share_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> Tensor:
+    """Boxes of a share of the image's area, in any shape and place (CPS, PS-MT on Cityscapes).
+
+    With a share q and an exponent e a box is √(1/3)·q^e of the image high and √(1/3)·q^(1 − e) wide, rounded to whole
+    pixels. It always lies in the image.
+
+    Args:
+        share: (B, K) float64 of K boxes in each image, in (0, 1].
+        exponent: (B, K) float64 in [0, 1].
+        position: (B, K, 2) float64 in [0, 1]: of the box's top among all that are possible, and of its left side.
+
+    Returns:
+        (B, K, H, W) bool, True inside.
+    """
+    high = share**exponent
+    size = share.new_tensor([height, width])
+    sides = (torch.stack([high, share / high], dim=-1) * math.sqrt(1 / 3) * size).round()
+    first = ((size - sides) * position).round()
+    last = first + sides
+    rows, columns = (
+        (torch.arange(side) >= first[..., i, None]) & (torch.arange(side) < last[..., i, None])
+        for i, side in enumerate((height, width))
+    )  # (B, K, H) and (B, K, W)
+    return rows.unsqueeze(3) & columns.unsqueeze(2)
+
+
+def toggled_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> Tensor:
+    """The ``share_boxes``, each of which toggles what it covers: an overlap of two is outside again (CPS; spec, The
+    mask). (B, H, W) bool.
+    """
+    return reduce(torch.logical_xor, share_boxes(height, width, share, exponent, position).unbind(1))
+
+
+def toggled_mask(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Three ``toggled_boxes`` in each image, every share uniform in [0.25, 0.5]: (B, H, W) bool on the CPU."""
+    draws = torch.rand(batch, 3, 4, generator=generator, dtype=torch.float64)
+    return toggled_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:])
+
+
 def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
     """``base`` with each image's box taken from its partner: (B, …, H, W), (B,) int64, (B, H, W) bool."""
-    if base.ndim == 4:
-        mask = mask.unsqueeze(1)
-    return torch.where(mask, base[partner], base)
+    return put(base, base[partner], mask)
+
+
+def put(base: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
+    """``base`` with what ``patch`` has inside the mask: both (B, …, H, W), the mask (B, H, W) bool."""
+    return torch.where(mask.unsqueeze(1) if base.ndim == 4 else mask, patch, base)
