@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_semi
 import yaml
 from conftest import ROOT, TINY, run_ranks
 from test_methods import CONTRACT
 
+import train_semi
 from imas.engine.interrupt import Interrupted, Interruption
 from imas.methods import METHODS
 from imas.strict import to_plain
