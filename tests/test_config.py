@@ -139,7 +139,8 @@ OLD_PASCAL_TODAY = {
             "rand_resize": [0.5, 2.0],
             "resize_base_size": 500,
             "crop": {"type": "rand", "size": [513, 513]},
-            "strong_aug": {"type": "pool", "num_augs": 3, "random_number": False},
+            "strong_aug": {"type": "pool", "num_augs": 3, "random_number": False, "cutout": False},
+            "pseudo_labels": None,
         },
         "val": {
             "data_root": "./data/VOC2012_val",

@@ -257,6 +257,7 @@ CONTRACT = {
     "augseg": {"threshold": 0.5, "extra_weak": True},
     "cps": {},
     "u2pl": {"contrastive": Contrastive(low_rank=1, max_new_keys=20)},
+    "stpp": {},
 }
 
 

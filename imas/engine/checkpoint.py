@@ -20,6 +20,7 @@ from ..models.pretrained import compare_states, describe_misfits, load_safely
 log = logging.getLogger("imas")
 
 LAST, PREVIOUS, BEST = "ckpt.pth", "ckpt_prev.pth", "ckpt_best.pth"
+_KEPT = "ckpt_epoch{:03d}.pth"
 _FILES = 4  # that stand on the disk at once: these, and the one that is being written
 _OTHER_STATES = ("optimizer_state", "scaler_state", "method_state")  # of no network
 _SHOWN = 6
@@ -87,6 +88,16 @@ def read(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def kept(epoch: int) -> str:
+    """The file of networks that stay after an epoch, counted from 1."""
+    return _KEPT.format(epoch)
+
+
+def network_states(networks: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """The states of networks under their keys."""
+    return {state_key(name): network.state_dict() for name, network in networks.items()}
+
+
 def state_key(name: str) -> str:
     """The key of a network's state in a checkpoint."""
     return STATE_KEYS.get(name, f"{name}_state")
@@ -108,7 +119,7 @@ def method_states(method: Method) -> dict[str, dict[str, Any]]:
         f"{name}." for name, module in method.named_modules() if any(module is each for each in networks.values())
     )
     own = {name: value for name, value in method.state_dict().items() if not name.startswith(prefixes)}
-    return {state_key(name): network.state_dict() for name, network in networks.items()} | {"method_state": own}
+    return network_states(networks) | {"method_state": own}
 
 
 def load_network(network: nn.Module, name: str, state: dict[str, Any], path: str | Path) -> None:

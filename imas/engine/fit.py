@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def fit(
     device: torch.device,
     resumed_from: Path | None = None,
     momentum: tuple[Path, str] | None = None,
+    keep: Collection[int] = (),
 ) -> None:
     """Train, evaluate, log and save.
 
@@ -54,6 +56,7 @@ def fit(
         seed: with the configuration and the number of processes it determines the run.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
         momentum: a checkpoint of another method and the network whose momentum is taken from there.
+        keep: numbers of epochs, from 1, after which the trained networks are saved to stay (``checkpoint.kept``).
 
     Raises:
         NonFiniteLoss: naming the iteration and the losses.
@@ -72,10 +75,10 @@ def fit(
     scaler = precision.make_scaler(config.trainer, device)
     run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description)
     with interruptible() as run.interruption, contextlib.ExitStack() as stack:
-        _run_all(run, resumed_from, stack)
+        _run_all(run, resumed_from, keep, stack)
 
 
-def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -> None:
+def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: contextlib.ExitStack) -> None:
     """Every epoch, and its end; ``stack`` closes what is opened, however the run ends."""
     config, method, data, world = run.config, run.method, run.data, distributed.world_size()
     if resumed_from is not None:
@@ -120,6 +123,9 @@ def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -
         for warning in health.look({"epoch": epoch} | row):
             run_log.warn(epoch, warning)
         run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
+        if epoch + 1 in keep and distributed.is_main():  # first: a run that is cut off in between repeats the epoch
+            state = {"epoch": epoch + 1, **checkpoint.network_states(method.trained()), "config": config.to_dict()}
+            checkpoint.save(state, config.snapshot_dir / checkpoint.kept(epoch + 1))
         if evaluates:
             save(run, improved)
         if run_log.writer is not None and run.pictures_due():

@@ -8,6 +8,7 @@ from .cps import CPS
 from .fixmatch import FixMatch
 from .imas import IMAS
 from .psmt import PSMT
+from .stpp import STPP
 from .sup_only import SupOnly
 from .u2pl import U2PL
 from .unimatch import UniMatch
@@ -21,5 +22,6 @@ METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
     "cps": CPS,
     "psmt": PSMT,
     "u2pl": U2PL,
+    "stpp": STPP,
 }
 DEFAULT = "sup_only"  # of a file without such a section
