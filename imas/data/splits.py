@@ -92,10 +92,6 @@ class IncompleteError(UserError):
     status = 1
 
 
-class _UnreachableError(UserError):
-    """No answer from the authors' repository: the next list would have none either."""
-
-
 # From a name of the manifest to a list and where it comes from; UserError where it cannot be had in this way.
 Way = Callable[[str], tuple[list[str], str]]
 _DONE = {"--root": "made", "--from": "copied", "--download": "downloaded"}
@@ -130,7 +126,7 @@ def make_published(
     if source is not None:
         ways["--from"] = partial(_copied, need_folder(source))
     if download:
-        ways["--download"] = _downloaded
+        ways["--download"] = partial(_downloaded, [])
     names, lacking = _lists_of(dataset), 0
     for name in names:
         complete, remark = _complete(name, out / name, ways, have, force)
@@ -164,23 +160,18 @@ def _complete(name: str, path: Path, ways: dict[str, Way], have: dict[str, list[
 def _obtained(name: str, ways: dict[str, Way]) -> tuple[list[str] | None, str]:
     """The list and how it was had, or None and why not."""
     reasons = []
-    for flag, way in list(ways.items()):
+    for flag, way in ways.items():
         try:
             lines, origin = way(name)
-            if digest(lines) == MANIFEST[name].sha256:
-                return lines, f"{_DONE[flag]}: {origin}"
-            reasons.append(f"{origin}: refused, another list than the published one, of {len(lines)} lines")
         except UserError as error:
             reasons.append(str(error))
-            if isinstance(error, _UnreachableError):
-                del ways[flag]
-    offers = {"--root": "--root FOLDER", "--from": "--from FOLDER", "--download": "--download"}
-    untried = [offer for flag, offer in offers.items() if flag not in ways]
-    if MANIFEST[name].rule == "published" and "--root" not in ways:
-        untried.remove("--root FOLDER")
-    if untried:
-        reasons.append(f"get it with {' or '.join(untried)}")
-    return None, "; ".join(reasons)
+            continue
+        if digest(lines) == MANIFEST[name].sha256:
+            return lines, f"{_DONE[flag]}: {origin}"
+        reasons.append(f"{origin}: refused, another list than the published one, of {len(lines)} lines")
+    by_rule = [] if MANIFEST[name].rule == "published" else ["--root FOLDER"]
+    untried = [way for way in [*by_rule, "--from FOLDER", "--download"] if way.split()[0] not in ways]
+    return None, "; ".join([*reasons, *([f"get it with {' or '.join(untried)}"] if untried else [])])
 
 
 def _by_rule(bases: dict[str, list[str]], have: dict[str, list[str]], name: str) -> tuple[list[str], str]:
@@ -217,16 +208,17 @@ def _bases(dataset: str, root: Path) -> tuple[dict[str, list[str]], list[str]]:
         found[base] = sorted(
             name if catalog.files(root, name)[0] == path else path.stem for path, name in names.items()
         )
-    every = found["pool"]
-    found["pool"] = sorted(set(every).difference(found.get("val", ())))
+    every = found.pop("pool")
+    pool = sorted(set(every).difference(found.get("val", ())))
     labeled = next(name for name in _lists_of(dataset) if name.endswith("/labeled.txt"))  # of any one protocol
     size = MANIFEST[labeled].count + MANIFEST[labeled.replace("/labeled.", "/unlabeled.")].count
-    if len(found["pool"]) != size:
-        remarks.append(
-            f"{root / catalog.folder_lists['pool']}: expected {size:,} training images "
-            f"({size + MANIFEST[f'{dataset}/val.txt'].count:,} with those of val), found {len(found.pop('pool')):,} "
-            f"({len(every):,} in all)"
-        )
+    if len(pool) == size:
+        return found | {"pool": pool}, remarks
+    both = size + MANIFEST[f"{dataset}/val.txt"].count
+    remarks.append(
+        f"{root / catalog.folder_lists['pool']}: expected {size:,} training images ({both:,} with those of val), "
+        f"found {len(pool):,} ({len(every):,} in all)"
+    )
     return found, remarks
 
 
@@ -240,7 +232,10 @@ def _copied(source: Path, name: str) -> tuple[list[str], str]:
     return lists[origin], origin
 
 
-def _downloaded(name: str) -> tuple[list[str], str]:
+def _downloaded(silent: list[str], name: str) -> tuple[list[str], str]:
+    """``silent`` keeps the URL that had no answer, after which no other is tried."""
+    if silent:
+        raise UserError(f"no answer, as for {silent[0]}")
     url = AUTHORS + name
     try:
         with urllib.request.urlopen(url, timeout=20) as reply:
@@ -248,7 +243,8 @@ def _downloaded(name: str) -> tuple[list[str], str]:
     except HTTPError as error:
         raise UserError(f"{url}: {error.code} {error.reason}") from None
     except (OSError, HTTPException) as error:
-        raise _UnreachableError(f"{url}: {getattr(error, 'reason', error)}") from None
+        silent.append(url)
+        raise UserError(f"{url}: {getattr(error, 'reason', error)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{url}: not a text file") from None
 
