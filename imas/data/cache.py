@@ -46,15 +46,12 @@ class CachedSource:
             list(tqdm(done, "decoding into memory", len(wanted), unit="image", disable=None))
 
     def image(self, name: str) -> Image.Image:
-        """The RGB image of a name."""
         return self._read("image", name)
 
     def mask(self, name: str) -> Image.Image:
-        """The mask of a name, mode L."""
         return self._read("mask", name)
 
     def missing(self, names: list[str], masks: bool) -> list[Path]:
-        """Files of these names that do not exist."""
         return self.source.missing(names, masks)
 
     def _read(self, kind: str, name: str) -> Image.Image:

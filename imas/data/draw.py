@@ -79,7 +79,14 @@ def draw_splits(
         have = "" if masks is None else f" that have a mask, of {len(names)} in all"
         raise UserError(f"{count} labeled and {held_out} val images are more than the {len(usable)} images{have}")
     sizes = {"labeled": count, "unlabeled": len(names) - count - held_out, "val": held_out}
-    _refuse_existing(out, sizes, force)
+    existing = [kind for kind in sizes if (out / f"{kind}.txt").exists()]
+    if existing and not force:
+        raise UserError(f"{out}: has {', '.join(existing)} lists already; --force replaces them")
+    if stale := [kind for kind in existing if not sizes[kind]]:
+        raise UserError(
+            f"{out}: has {' and '.join(stale)} lists from before that would stay, and could share images with "
+            "the new ones: remove them, or choose another folder"
+        )
 
     classes = None
     if stratify:
@@ -150,14 +157,3 @@ def _amount(flag: str, text: str, total: int) -> int:
     if not 0 < value <= total:
         raise UserError(f"{flag} {text}: expected at least 1 and at most all of the {total} images")
     return max(1, round(value))
-
-
-def _refuse_existing(out: Path, sizes: dict[str, int], force: bool) -> None:
-    existing = [kind for kind in sizes if (out / f"{kind}.txt").exists()]
-    if existing and not force:
-        raise UserError(f"{out}: has {', '.join(existing)} lists already; --force replaces them")
-    if stale := [kind for kind in existing if not sizes[kind]]:
-        raise UserError(
-            f"{out}: has {' and '.join(stale)} lists from before that would stay, and could share images with "
-            "the new ones: remove them, or choose another folder"
-        )

@@ -28,9 +28,8 @@ _OVERSAMPLING, _ORDER = 2, 3  # what else is drawn, as numbers beside those of t
 
 
 def oversample(count: int, wanted: int, seed: int) -> list[int]:
-    """``wanted`` indices into a list of ``count``, drawn once per run (spec, Sampling).
-
-    The list is repeated ceil(wanted / count) times, and drawn from without replacement.
+    """``wanted`` indices into a list of ``count``, drawn once per run, without replacement, from that list repeated
+    ceil(wanted / count) times (spec, Sampling).
     """
     repeated = np.tile(np.arange(count), -(-wanted // count))
     rng = np.random.default_rng((seed, _OVERSAMPLING))
@@ -71,8 +70,7 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[list[Draw]]:
         count, first = len(self.items), self.epoch * self.size
         passes = range(first // count, -(-(first + self.size) // count))
-        seeds = [(self.seed, _ORDER + self.stream, number) for number in passes]
-        orders = [np.random.default_rng(words).permutation(count) for words in seeds]
+        orders = [np.random.default_rng((self.seed, _ORDER + self.stream, i)).permutation(count) for i in passes]
         order = np.concatenate(orders)[first - passes[0] * count :][: self.size]
         per_rank = -(-self.size // self.world)
         draws = [
@@ -84,8 +82,7 @@ class EpochSampler(Sampler):
 
     def __len__(self) -> int:
         """Iterations per epoch."""
-        per_rank = -(-self.size // self.world)
-        whole, rest = divmod(per_rank, self.batch_size)
+        whole, rest = divmod(-(-self.size // self.world), self.batch_size)
         return whole + (not self.drop_last and rest > 1)
 
 
@@ -95,10 +92,6 @@ class TrainingData:
     ``data.epoch(number, unlabeled=True)`` yields, for each update, a list of ``trainer.accumulate`` dicts. Each holds
     ``labeled`` and, if wanted, ``unlabeled``, dicts of CPU tensors as ``dataset`` makes them, and ``skipped``, a
     message for each image that had to be replaced.
-
-    Args:
-        seed: of the run.
-        rank, world: of this process.
     """
 
     def __init__(self, config: Config, lists: Lists, seed: int, rank: int, world: int) -> None:
@@ -106,14 +99,9 @@ class TrainingData:
         source = open_source(config.dataset, train.data_root)
         if config.dataset.cache and isinstance(source, FileSource):
             source = CachedSource(source, [*lists.labeled, *lists.unlabeled], lists.labeled)
-        geometry = Geometry(
-            train.resize_base_size,
-            train.rand_resize,
-            train.flip,
-            None if train.crop is None else train.crop.size,
-            "rand" if train.crop is None else train.crop.type,
-            config.dataset.ignore_label,
-        )
+        crop = (None, "rand") if train.crop is None else (train.crop.size, train.crop.type)
+        scale = (train.resize_base_size, train.rand_resize)
+        geometry = Geometry(*scale, train.flip, *crop, config.dataset.ignore_label)
         wants, strong_aug = config.wants, train.strong_aug
         if strong_aug is None:
             wants = wants._replace(strong=0, labeled_strong=0)
@@ -124,9 +112,7 @@ class TrainingData:
         if pool and train.epoch_size is None:
             items, size = oversample(count, pool, seed), pool
         drop_last = bool(pool) or train.drop_last
-        self.labeled_sampler = EpochSampler(
-            items, size, train.batch_size, seed, "labeled", rank, world, drop_last
-        )  # fmt: skip
+        self.labeled_sampler = EpochSampler(items, size, train.batch_size, seed, "labeled", rank, world, drop_last)
         self.labeled = _loader(labeled, self.labeled_sampler, workers)
         self.unlabeled = None
         if pool:
@@ -137,25 +123,20 @@ class TrainingData:
             self.unlabeled = _loader(unlabeled, self.unlabeled_sampler, workers)
         self.accumulate, self.drop_last = config.trainer.accumulate, drop_last
         if not len(self):
-            batch = f"{self.accumulate} batches of {train.batch_size}" if self.accumulate > 1 else f"{train.batch_size}"
+            batch = f"{self.accumulate} batches of " if self.accumulate > 1 else ""
             raise UserError(
                 f"dataset.train.batch_size: {size} images an epoch over {world} process(es) do not fill one batch of "
-                f"{batch}"
+                f"{batch}{train.batch_size}"
             )
 
     def __len__(self) -> int:
-        """Iterations, that is updates, per epoch: floor(ceil(U / world) / batch / accumulate) where there are
-        unlabeled images.
-        """
+        """Updates per epoch: floor(ceil(U / world) / batch / accumulate) where there are unlabeled images."""
         whole, rest = divmod(len(self.labeled_sampler), self.accumulate)
         return whole + (not self.drop_last and rest > 0)
 
     def epoch(self, number: int, unlabeled: bool, done: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """Batches of one epoch, update by update.
-
-        Args:
-            unlabeled: False leaves the unlabeled images unread.
-            done: updates to leave out at the start; their images are not read.
+        """Batches of one epoch, update by update. Unlabeled images are read only if wanted, and none of the images of
+        the first ``done`` updates, which are left out.
         """
         batches = self._batches(number, unlabeled, done * self.accumulate)
         for _ in range(done, len(self)):
@@ -196,13 +177,7 @@ def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: 
         collate_fn=stacked,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=False,
-        worker_init_fn=_single_thread,
     )
-
-
-def _single_thread(worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 def _clear_errors(loader: DataLoader) -> Iterator:

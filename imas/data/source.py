@@ -56,11 +56,10 @@ class FileSource:
         self.decode = decode or index_labels
 
     def image(self, name: str) -> Image.Image:
-        """See ``read_image``."""
         return read_image(self.files(self.root, name)[0])
 
     def mask(self, name: str) -> Image.Image:
-        """The mask, mode L. DataError for a JPEG, and for values that are neither classes nor ignored."""
+        """DataError for a JPEG, and for values that are neither classes nor ignored."""
         path = self.files(self.root, name)[1]
         stored = _opened(path)
         if stored.format == "JPEG":
@@ -75,7 +74,6 @@ class FileSource:
         return Image.fromarray(labels)
 
     def missing(self, names: list[str], masks: bool) -> list[Path]:
-        """Files of these list lines that do not exist."""
         paths = [path for name in names for path in self.files(self.root, name)[: 2 if masks else 1]]
         return [path for path in paths if not path.is_file()]
 
@@ -156,15 +154,12 @@ class ShapesSource:
         self._drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def image(self, name: str) -> Image.Image:
-        """RGB."""
         return Image.fromarray(self._draw(name)[0])
 
     def mask(self, name: str) -> Image.Image:
-        """Mode L, with 255 at the borders of objects."""
         return Image.fromarray(self._draw(name)[1])
 
     def missing(self, names: list[str], masks: bool) -> list[Path]:
-        """No files are needed."""
         return []
 
     def _draw(self, name: str) -> tuple[np.ndarray, np.ndarray]:
