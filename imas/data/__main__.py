@@ -18,7 +18,11 @@ from .splits import PUBLISHED, make_published
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "--dataset": {"choices": PUBLISHED},
     "--root": {"type": Path, "help": "the data set's folder: makes all lists that follow a rule"},
-    "--from": {"type": Path, "help": "a clone of the authors' repository, or any folder with the lists"},
+    "--from": {
+        "metavar": "FOLDER",
+        "type": Path,
+        "help": "a clone of the authors' repository, or any folder with the lists",
+    },
     "--download": {"action": "store_true", "help": "get what is lacking from the authors' repository"},
 }
 _NEW: dict[str, dict[str, Any]] = {

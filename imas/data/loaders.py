@@ -117,10 +117,9 @@ class TrainingData:
         self.unlabeled = None
         if pool:
             unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, strong_aug, skip)
-            self.unlabeled_sampler = EpochSampler(
-                list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
-            )
-            self.unlabeled = _loader(unlabeled, self.unlabeled_sampler, workers)
+            items, draws = list(range(pool)), train.epoch_size or pool
+            sampler = EpochSampler(items, draws, train.batch_size, seed, "unlabeled", rank, world)
+            self.unlabeled = _loader(unlabeled, sampler, workers)
         self.accumulate, self.drop_last = config.trainer.accumulate, drop_last
         if not len(self):
             batch = f"{self.accumulate} batches of " if self.accumulate > 1 else ""
@@ -143,15 +142,12 @@ class TrainingData:
             yield list(itertools.islice(batches, self.accumulate))
 
     def _batches(self, number: int, unlabeled: bool, start: int) -> Iterator[dict[str, Any]]:
-        self.labeled_sampler.epoch, self.labeled_sampler.start = number, start
-        if not unlabeled:
-            for first in _clear_errors(self.labeled):
-                yield {"skipped": first.pop("skipped", []), "labeled": first}
-            return
-        self.unlabeled_sampler.epoch, self.unlabeled_sampler.start = number, start
-        for first, second in zip(_clear_errors(self.labeled), _clear_errors(self.unlabeled), strict=True):
-            skipped = first.pop("skipped", []) + second.pop("skipped", [])
-            yield {"skipped": skipped, "labeled": first, "unlabeled": second}
+        loaders = {"labeled": self.labeled} | ({"unlabeled": self.unlabeled} if unlabeled else {})
+        for loader in loaders.values():
+            loader.batch_sampler.epoch, loader.batch_sampler.start = number, start
+        for parts in zip(*map(_clear_errors, loaders.values()), strict=True):
+            skipped = [message for part in parts for message in part.pop("skipped", [])]
+            yield {"skipped": skipped} | dict(zip(loaders, parts))
 
 
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:

@@ -163,8 +163,8 @@ class ShapesSource:
         return []
 
     def _draw(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        prefix, _, number = name.partition("/")
-        if prefix != "shapes" or not number.isdigit():
+        number = name.removeprefix("shapes/")
+        if number == name or not number.isdigit():
             raise DataError(f"{name!r} is not an image of the embedded set; expected shapes/NUMBER")
         if name not in self._drawn:
             self._drawn[name] = shapes.draw(self.seed, int(number), self.size)
