@@ -99,9 +99,14 @@ class TrainingData:
         source = open_source(config.dataset, train.data_root)
         if config.dataset.cache and isinstance(source, FileSource):
             source = CachedSource(source, [*lists.labeled, *lists.unlabeled], lists.labeled)
-        crop = (None, "rand") if train.crop is None else (train.crop.size, train.crop.type)
-        scale = (train.resize_base_size, train.rand_resize)
-        geometry = Geometry(*scale, train.flip, *crop, config.dataset.ignore_label)
+        geometry = Geometry(
+            train.resize_base_size,
+            train.rand_resize,
+            train.flip,
+            None if train.crop is None else train.crop.size,
+            "rand" if train.crop is None else train.crop.type,
+            config.dataset.ignore_label,
+        )
         wants, strong_aug = config.wants, train.strong_aug
         if strong_aug is None:
             wants = wants._replace(strong=0, labeled_strong=0)
@@ -117,9 +122,10 @@ class TrainingData:
         self.unlabeled = None
         if pool:
             unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, strong_aug, skip)
-            items, draws = list(range(pool)), train.epoch_size or pool
-            sampler = EpochSampler(items, draws, train.batch_size, seed, "unlabeled", rank, world)
-            self.unlabeled = _loader(unlabeled, sampler, workers)
+            self.unlabeled_sampler = EpochSampler(
+                list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
+            )
+            self.unlabeled = _loader(unlabeled, self.unlabeled_sampler, workers)
         self.accumulate, self.drop_last = config.trainer.accumulate, drop_last
         if not len(self):
             batch = f"{self.accumulate} batches of " if self.accumulate > 1 else ""
