@@ -89,15 +89,16 @@ class Evaluation:
         protocol: Protocol | None = None,
         accumulate: str = "device",
     ) -> None:
+        self.config = config
         self.protocol = protocol or Protocol(config.dataset.val.crop.size)
         self.predictor = Predictor(self.protocol, device, accumulate)
         self.catalog = catalog_of(config.dataset)
         self.normalise = Normalise(config.dataset.mean, config.dataset.std, device)
         self.loader = evaluation_loader(config, lists.val, distributed.rank(), distributed.world_size())
-        self.labels = {"num_classes": config.net.num_classes, "ignore_index": config.dataset.ignore_label}
 
     def __call__(self, networks: dict[str, nn.Module]) -> dict[str, ConfusionMatrix]:
-        return evaluate(networks, self.loader, self.normalise, self.predictor, **self.labels)
+        labels = {"num_classes": self.config.net.num_classes, "ignore_index": self.config.dataset.ignore_label}
+        return evaluate(networks, self.loader, self.normalise, self.predictor, **labels)
 
 
 def figures(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> dict[str, Any]:

@@ -63,10 +63,8 @@ def explain_batch(config: Config, world: int) -> list[str]:
     if trainer.scale_lr:
         lines.append(f"learning rates times {lr_factor(config, world):g} (trainer.scale_lr)")
     if reference is not None and total != reference:
-        line = (
-            f"total batch {total} ({world} process(es) × {batch} × accumulate {trainer.accumulate}), but this recipe "
-        )
-        line += f"is for {reference}. Results will differ."
+        made_of = f"{world} process(es) × {batch} × accumulate {trainer.accumulate}"
+        line = f"total batch {total} ({made_of}), but this recipe is for {reference}. Results will differ."
         times, rest = divmod(reference, world * batch)
         if times > 1 and rest == 0:
             line += f" trainer.accumulate={times} makes up for it, except in BatchNorm and the scores."
