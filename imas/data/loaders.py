@@ -7,6 +7,7 @@ draw the same, any number of workers draws alike, and a resumed run continues as
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from .lists import Lists, val_root
 from .source import DataError, FileSource, open_source
 
 _STREAMS = {"labeled": 0, "unlabeled": 1}
+_OF_THE_MAIN_PROCESS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}  # see engine.interrupt
 _OVERSAMPLING, _ORDER = 2, 3  # what else is drawn, as numbers beside those of the streams
 
 
@@ -178,7 +180,10 @@ class TrainingData:
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:
     """This rank's share of the validation images, every image once over all ranks, as lists of (image, label)."""
     dataset = EvaluationSet(open_source(config.dataset, val_root(config)), names[rank::world])
-    return DataLoader(dataset, config.dataset.val.batch_size, num_workers=config.dataset.workers, collate_fn=list)
+    return DataLoader(
+        dataset, config.dataset.val.batch_size, num_workers=config.dataset.workers, collate_fn=list,
+        worker_init_fn=_prepare_worker,
+    )  # fmt: skip
 
 
 def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -199,17 +204,34 @@ def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: 
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
-        worker_init_fn=_single_thread,
+        worker_init_fn=_prepare_worker,
     )
 
 
-def _single_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_MAIN_PROCESS)  # of a worker that was not forked
 
 
 def _clear_errors(loader: DataLoader) -> Iterator:
-    """The loader's batches; a mistake in the data leaves a worker without the worker's traceback."""
+    """The loader's batches; a mistake in the data leaves a worker without the worker's traceback.
+
+    Workers are forked with signals blocked: a signal to the whole process group is the main process's to act on. They
+    end when it does. Blocking them in the worker would be too late, since torch installs a handler that ends it first.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_MAIN_PROCESS)
     try:
-        yield from loader
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield from batches
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    except RuntimeError as error:  # torch's, where the system has ended a worker
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"{str(error).split('. ')[0]}. A bus error: make /dev/shm larger (of a container: --shm-size) or set fewer "
+            "dataset.workers; killed: too little memory"
+        ) from None

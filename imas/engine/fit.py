@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..schema import Config
 from . import precision, provenance
 from .evaluate import Evaluation
 from .health import Health
-from .interrupt import Interrupted, interruptible
+from .interrupt import Interrupted, Interruption
 from .log import RunLog
 from .meter import Clock, Meter, peak_memory
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
@@ -44,6 +45,7 @@ def fit(
     *,
     seed: int,
     device: torch.device,
+    interruption: Interruption,
     resumed_from: Path | None = None,
 ) -> None:
     """Train, evaluate, log and save.
@@ -51,6 +53,7 @@ def fit(
     Args:
         method: on ``device``, with the weights to start with.
         seed: with the configuration and the number of processes it determines the run.
+        interruption: whether to stop.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
 
     Raises:
@@ -64,8 +67,8 @@ def fit(
     meter = Meter(catalog_of(config.dataset).class_names)
     description = provenance.describe(config, lists, seed, world)
     scaler = precision.make_scaler(config.trainer, device)
-    run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description)
-    with interruptible() as run.interruption, contextlib.ExitStack() as stack:
+    run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description, interruption)
+    with contextlib.ExitStack() as stack:
         _run_all(run, resumed_from, stack)
 
 
@@ -74,6 +77,8 @@ def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -
     config, method, data, world = run.config, run.method, run.data, distributed.world_size()
     if resumed_from is not None:
         resume(run, resumed_from)
+    source = "none" if resumed_from is None else resumed_from.name
+    distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
     run_log = stack.enter_context(
         contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch, map(column, method.scored())))
@@ -90,9 +95,14 @@ def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -
     stack.enter_context(bar)
     matrices: dict[str, ConfusionMatrix] = {}
     for epoch in range(run.epoch, epochs):
+        evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
         try:
             with precision.tuned_kernels():
                 row = _train_epoch(run, wrapped, run_log, bar, epoch)
+            if evaluates:  # a run that is stopped here has done all updates of the epoch, and not yet its end
+                bar.clear()
+                distributed.same_buffers(method)
+                matrices = evaluation(method.scored(), partial(run.interruption.asked, (epoch + 1) * len(data)))
         except DataError:
             if world == 1:  # elsewhere the other ranks wait in the middle of an update
                 save(run, False)
@@ -100,12 +110,8 @@ def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -
         except Interrupted:
             save(run, False)
             raise
-        evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
         run.begin_epoch(epoch + 1)
         if evaluates:
-            bar.clear()
-            distributed.same_buffers(method)
-            matrices = evaluation(method.scored())
             results, improved = _note_results(run, matrices, epoch)
             row |= results
         # Rows come before the checkpoint: a run that is cut off between the two drops them when it resumes.
@@ -131,9 +137,11 @@ def _announce(run: Run, run_log: RunLog) -> None:
     config, lists, world = run.config, run.lists, distributed.world_size()
     if distributed.is_main():
         provenance.record(config, run.description)
-    if run.epoch == 0:
-        for remark in explain_batch(config, world):
+    for remark in explain_batch(config, world):
+        if run.epoch == 0:
             run_log.warn(0, remark)
+        else:  # it may be on other processes than before
+            log.warning("%s", remark)
     log.info(describe_lists(lists.labeled, lists.unlabeled, lists.val))
     log.info(
         "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations, batch %d on %d process(es), %s",
@@ -149,7 +157,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
     log_every = max(10, length // _LOGS_PER_EPOCH)
     replaced: dict[str, int] = {}
     method.train()
-    clock = Clock()
+    clock, pace = Clock(), distributed.Pace(run.device)
     updates = clock.waits(run.data.epoch(epoch, method.needs_unlabeled(epoch), run.step))
     for step, batches in enumerate(updates, run.step):
         iteration = epoch * length + step
@@ -157,6 +165,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
         for batch in batches:
             _count(batch["skipped"], replaced)
         run.meter.add(_update(run, wrapped, normalise, batches, iteration))
+        pace()
         run.step = step + 1
         bar.update()
         logs = (iteration + 1) % log_every == 0
@@ -171,10 +180,8 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
             if run.save_due() and step + 1 < length:
                 save(run, False)
     run.stop_if_asked((epoch + 1) * length)
-    if replaced:
-        log.warning(
-            "epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, sum(replaced.values())
-        )
+    if config.dataset.on_error == "skip":
+        _report_replaced(distributed.gather(replaced), epoch)
     write_scores(run, run_log, epoch)
     return run.meter.means() | _surroundings(run, clock)
 
@@ -236,6 +243,16 @@ def _means(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     if len(scalars) == 1:
         return scalars[0]
     return {name: torch.stack([each[name] for each in scalars]).mean(0) for name in scalars[0]}
+
+
+def _report_replaced(replaced: list[dict[str, int]], epoch: int) -> None:
+    """Of all ranks; each has named its own, but the log is rank 0's."""
+    for problem in dict.fromkeys(problem for each in replaced[1:] for problem in each):
+        if problem not in replaced[0]:
+            log.warning("replaced by another sample: %s", problem)
+    if any(replaced):
+        count = sum(sum(each.values()) for each in replaced)
+        log.warning("epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, count)
 
 
 def _count(skipped: list[str], replaced: dict[str, int]) -> None:

@@ -9,6 +9,7 @@ import sys
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -45,6 +46,21 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
             if names
         },
     }
+
+
+def identity(config: Config, lists: Lists, seed: int) -> dict[str, str]:
+    """What makes ranks one run, as text by name: seed, folder, commit, versions, lists, and every key of the recipe."""
+    texts = {"seed": seed, "folder": config.folder.resolve(), "commit": git_commit()}
+    texts |= {name: version(name) for name in PACKAGES}
+    texts |= {f"{name} list": f"{len(names)} images, {digest(names)[:12]}" for name, names in vars(lists).items()}
+    return {name: str(text) for name, text in (texts | _dotted(config.to_dict())).items()}
+
+
+def _dotted(section: dict, prefix: str = "") -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for name, value in section.items():
+        keys |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return keys
 
 
 def record(config: Config, description: dict) -> None:

@@ -15,6 +15,7 @@ from ..methods.base import Method
 from ..schema import Config
 from . import checkpoint
 from .fit import fit
+from .interrupt import Interrupted, Interruption
 from .log import start_logging
 
 log = logging.getLogger("imas")
@@ -30,6 +31,7 @@ class Session:
         lists: its images.
         build: (config, method class, whether to load pretrained encoders) → method.
         finish: called with the configuration of each stage that has ended, on the main process.
+        interruption: whether to stop.
         resume: ``auto``, ``never`` or a checkpoint file: see ``checkpoint.find_checkpoint``.
     """
 
@@ -43,9 +45,11 @@ class Session:
         build: Callable[[Config, type[Method], bool], Method],
         finish: Callable[[Config], None],
         resume: str,
+        interruption: Interruption,
     ) -> None:
         self.config, self.lists, self.seed, self.device = config, lists, seed, device
         self.build, self.finish, self.resume = build, finish, resume
+        self.interruption = interruption
 
     def fit(
         self,
@@ -73,6 +77,8 @@ class Session:
         if stage and mark.is_file() and self.resume != "never":
             log.info("stage %s is done: %s", stage, config.snapshot_dir)
             return config
+        if stage and distributed.any_rank(self.interruption.asked(0), self.device):
+            raise Interrupted(f"before stage {stage}")
         found = checkpoint.find_checkpoint(config.snapshot_dir, self._resume(config))
         start = start or (None if config.trainer.start_from is None else Path(config.trainer.start_from))
         torch.manual_seed(self.seed)
@@ -82,7 +88,10 @@ class Session:
         start_logging(config.log_dir)
         if stage:
             log.info("stage %s begins", stage)
-        fit(method.to(self.device), config, lists, seed=self.seed, device=self.device, resumed_from=found)
+        fit(
+            method.to(self.device), config, lists, seed=self.seed, device=self.device, interruption=self.interruption,
+            resumed_from=found,
+        )  # fmt: skip
         if distributed.is_main():
             self.finish(config)
             if stage:
