@@ -29,7 +29,7 @@ from torch import nn
 from imas import distributed
 from imas.build import build_method, build_model
 from imas.config import carried_config, load_config
-from imas.data.catalog import CITYSCAPES_IDS
+from imas.data.catalog import catalog_of
 from imas.data.check import check_data
 from imas.data.lists import read_lists
 from imas.engine import checkpoint
@@ -132,10 +132,11 @@ def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
         raise UserError(
             f"{options.checkpoint}: carries no configuration, as those of the authors' code; name one with --config"
         )
-    if options.cityscapes_ids and config.dataset.type != "cityscapes":
+    catalog = catalog_of(config.dataset)
+    if options.cityscapes_ids and catalog.test_ids is None:
         raise UserError(f"--cityscapes-ids: the data set of this configuration is {config.dataset.type}")
-    if options.root is not None and config.dataset.type == "shapes":
-        raise UserError("--root: the data set shapes has no folder")
+    if options.root is not None and catalog.files is None:
+        raise UserError(f"--root: the data set {config.dataset.type} has no folder")
     given = {"data_list": options.list, "data_root": options.root}
     val = dataclasses.replace(config.dataset.val, **{key: str(path) for key, path in given.items() if path is not None})
     return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, val=val))
@@ -202,7 +203,7 @@ def predict(
     log.info("%s of %s (epoch %s) on %d images, %s", *about.values(), len(images), protocol)
     with distributed.process_group() as device:
         predictor = Predictor(protocol, device, options.accumulate)
-        ids = CITYSCAPES_IDS if options.cityscapes_ids else None
+        ids = catalog_of(config.dataset).test_ids if options.cityscapes_ids else None
         problems += predict_images(network.to(device), images, predictor, config.dataset, options.save_dir, ids)
     if problems and distributed.is_main():
         lines = "\n".join(f"  {problem}" for problem in problems)

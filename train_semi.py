@@ -22,8 +22,7 @@ import yaml
 from imas import distributed
 from imas.build import build_method
 from imas.config import load_config
-from imas.data.check import check_data
-from imas.data.doctor import Unhealthy, examine
+from imas.data.check import Unhealthy, check_data, examine
 from imas.data.lists import Lists, read_lists
 from imas.data.loaders import TrainingData
 from imas.engine import checkpoint, lock, provenance

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from . import legacy
+from .data.catalog import DATASETS, catalog_of
 from .errors import ConfigError
 from .methods import DEFAULT, METHODS
 from .schema import Config, CriterionKwargs, Net
@@ -55,18 +57,23 @@ def _checked(raw: Any, reader: Reader, path: Path, overrides: Iterable[str]) -> 
         reader.unknown(str(key), str(key), [*sections, *METHODS], f" (methods: {', '.join(METHODS)})")
     config = reader.section(Config, raw)
     config = dataclasses.replace(config, method=method, options=options, path=path, translated=tuple(remarks))
-    unreadable = (AttributeError, KeyError, TypeError) if reader.errors else ()  # a check may need such a value
-    with contextlib.suppress(*unreadable):
+    with _unreadable(reader):
         config = dataclasses.replace(config, wants=METHODS[method].wants(options))
     for check in _CHECKS:
-        with contextlib.suppress(*unreadable):
+        with _unreadable(reader):
             check(config, reader)
     reader.finish()
     return _with_derived(config)
 
 
+def _unreadable(reader: Reader) -> contextlib.suppress:
+    """Passes over what a check may do to a value that could not be read."""
+    return contextlib.suppress(*((AttributeError, KeyError, TypeError) if reader.errors else ()))
+
+
 def _with_todays_keys(raw: dict, words: list[tuple[str, Any]], reader: Reader) -> tuple[dict, list[str]]:
     """A raw file with today's keys, overrides included, and a remark for each key that was translated."""
+    raw, unfolded = legacy.unfolded(raw, reader)
     together = _copied(raw)
     for key, value in words:
         _override(together, key, value)
@@ -87,7 +94,7 @@ def _with_todays_keys(raw: dict, words: list[tuple[str, Any]], reader: Reader) -
         reader.overridden.add(today)
         if value is not MISSING:
             _override(raw, today, value)
-    return raw, remarks
+    return raw, unfolded + remarks
 
 
 def _override(raw: dict, key: str, value: Any) -> dict:
@@ -131,8 +138,7 @@ def _with_derived(config: Config) -> Config:
     """Fill in what follows from other keys, so that the resolved recipe says it."""
     train, optimizer = config.dataset.train, config.trainer.optimizer
     if optimizer.head_lr_times is None:
-        times = 10.0 if config.dataset.type == "pascal" else 1.0
-        optimizer = dataclasses.replace(optimizer, head_lr_times=times)
+        optimizer = dataclasses.replace(optimizer, head_lr_times=catalog_of(config.dataset).head_lr_times)
     criterion = config.criterion
     if criterion.type == "ohem":
         thresh, min_kept = criterion.kwargs.thresh, criterion.kwargs.min_kept
@@ -146,8 +152,9 @@ def _with_derived(config: Config) -> Config:
 
 def _unlabeled_beside(config: Config) -> str | None:
     """The unlabeled list beside the labeled one, where it is needed and not given."""
-    train = config.dataset.train
-    needed = config.wants.unlabeled and config.dataset.type != "folder"
+    train, catalog = config.dataset.train, catalog_of(config.dataset)
+    in_folders = catalog.files is not None and catalog.find is not None  # the unlabeled images are those of no list
+    needed = config.wants.unlabeled and not in_folders
     if not needed or train.data_list is None or train.unlabeled_list is not None:
         return None
     path = Path(train.data_list)
@@ -177,16 +184,30 @@ def _check_net(net: Net, reader: Reader) -> None:
         )
 
 
+def _check_type(config: Config, reader: Reader) -> None:
+    """The data set exists, and what only one data set has is given for that one alone."""
+    dataset = config.dataset
+    if dataset.type not in DATASETS:
+        near = difflib.get_close_matches(str(dataset.type), DATASETS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        reader.error("dataset.type", f"expected {' or '.join(DATASETS)}, got {dataset.type!r}{hint}")
+    for field in dataclasses.fields(dataset):
+        if field.name not in DATASETS or field.default is not None:
+            continue
+        key, given = f"dataset.{field.name}", getattr(dataset, field.name)
+        if given is None and dataset.type == field.name:
+            reader.error(key, f"missing; the data set type {field.name} is described by this section")
+        elif given is not None and dataset.type != field.name:
+            reader.error(key, f"only the data set type {field.name} has this section, and it is {dataset.type}")
+
+
 def _check_classes(config: Config, reader: Reader) -> None:
     dataset, given = config.dataset, config.net.num_classes
-    fixed = {"pascal": 21, "cityscapes": 19, "shapes": 4}
-    if dataset.type == "folder" and dataset.folder is None:
-        return
-    expected = len(dataset.folder.class_names) if dataset.type == "folder" else fixed[dataset.type]
+    expected = len(catalog_of(dataset).class_names)
     if given != expected:
-        reader.error("net.num_classes", f"{config.dataset.type} has {expected} classes, got {given}")
-    if config.dataset.ignore_label < given:
-        reader.error("dataset.ignore_label", f"{config.dataset.ignore_label} is one of the {given} classes")
+        reader.error("net.num_classes", f"{dataset.type} has {expected} classes, got {given}")
+    if dataset.ignore_label < given:
+        reader.error("dataset.ignore_label", f"{dataset.ignore_label} is one of the {given} classes")
 
 
 def _check_method(config: Config, reader: Reader) -> None:
@@ -214,11 +235,10 @@ def _check_schedule(config: Config, reader: Reader) -> None:
 
 
 def _check_data(config: Config, reader: Reader) -> None:
-    dataset, train = config.dataset, config.dataset.train
+    dataset, train, catalog = config.dataset, config.dataset.train, catalog_of(config.dataset)
     if train.rand_resize is not None and train.resize_base_size is None:
         reader.error("dataset.train.resize_base_size", "missing; dataset.train.rand_resize needs it")
-    in_files = dataset.type in ("pascal", "cityscapes", "folder")
-    if train.crop is None and (train.rand_resize is not None or in_files):
+    if train.crop is None and (train.rand_resize is not None or catalog.side is None):
         reader.error("dataset.train.crop", "missing; images of different sizes need a crop to be batched")
     largest = _largest_image(config)
     if train.crop is not None and largest is not None and max(train.crop.size) > largest:
@@ -232,12 +252,14 @@ def _check_data(config: Config, reader: Reader) -> None:
             "dataset.train.unlabeled_list",
             f"missing; it follows only from a data_list named labeled.txt, and that is {train.data_list}",
         )
-    if in_files:
+    if catalog.find is None:
         for name, section in (("train", train), ("val", dataset.val)):
-            if section.data_list is None and dataset.type != "folder":
+            if section.data_list is None:
                 reader.error(f"dataset.{name}.data_list", "missing; expected the path of a list file")
-        if train.data_root is None:
-            reader.error("dataset.train.data_root", f"missing; expected the folder of {dataset.type}")
+    if catalog.files is not None and train.data_root is None:
+        reader.error("dataset.train.data_root", f"missing; expected the folder of {dataset.type}")
+    for key, message in catalog.problems.items():
+        reader.error(key, message)
 
 
 def _largest_image(config: Config) -> int | None:
@@ -246,42 +268,16 @@ def _largest_image(config: Config) -> int | None:
     if train.rand_resize is not None and train.resize_base_size is not None:
         base = train.resize_base_size
         return int((base if isinstance(base, int) else max(base)) * train.rand_resize[1])
-    return config.dataset.shapes.size if config.dataset.type == "shapes" else None
-
-
-def _check_folder(config: Config, reader: Reader) -> None:
-    dataset, folder = config.dataset, config.dataset.folder
-    if dataset.type != "folder":
-        if folder is not None:
-            reader.error("dataset.folder", f"only the data set type folder has this section, and it is {dataset.type}")
-        return
-    if folder is None:
-        reader.error("dataset.folder", "missing; expected a section with class_names, images and masks")
-        return
-    if dataset.val.data_list is None and dataset.val.data_root in (None, dataset.train.data_root):
-        reader.error(
-            "dataset.val.data_list",
-            "missing; validation images must not be training images: name a list here, or another data_root "
-            "(python -m imas.data splits --new draws lists)",
-        )
-    if folder.palette is not None and len(folder.palette) != len(folder.class_names):
-        count = len(folder.class_names)
-        reader.error("dataset.folder.palette", f"expected a colour a class, {count} in all, got {len(folder.palette)}")
-    if folder.images == folder.masks and not folder.mask_suffix:
-        reader.error("dataset.folder.mask_suffix", "missing; it tells masks from images where both lie in one folder")
-    if folder.binary and (len(folder.class_names) != 2 or folder.palette is not None):
-        reader.error("dataset.folder.binary", "masks of 0 and 255 have two classes and no palette")
-    if folder.ignore_colour is not None and folder.palette is None:
-        reader.error("dataset.folder.ignore_colour", "needs dataset.folder.palette: only colour masks have colours")
+    return catalog_of(config.dataset).side
 
 
 # Sections that contradict each other.
 _CHECKS: tuple[Callable[[Config, Reader], None], ...] = (
     lambda config, reader: _check_net(config.net, reader),
+    _check_type,
     _check_classes,
     _check_method,
     _check_criterion,
     _check_schedule,
     _check_data,
-    _check_folder,
 )

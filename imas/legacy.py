@@ -23,7 +23,7 @@ _SPELLINGS = {
     "dataset.type": {"pascal_semi": "pascal", "cityscapes_semi": "cityscapes"},
     "net.encoder.type": {},
     "net.decoder.type": {"dec_deeplabv3_plus": "deeplabv3plus"},
-    "criterion.type": {"CELoss": "ce"},
+    "criterion.type": {"CELoss": "ce", "OHEM": "ohem"},
 }
 
 # Keys that steer nothing any more → the values that they may have, None for any.
@@ -56,11 +56,43 @@ _SUP_ONLY = {"dataset.train.strong_aug.labeled": "sup_only.strong_views"}
 _FORMER = {"imas": _IMAS, "sup_only": _SUP_ONLY}
 _VALUES: dict[str, Callable[[Any], Any]] = {"imas.hardness.flag_using_v1": {True: 1, False: 2}.__getitem__}
 
+# UniMatch's own files, which have no sections but ``criterion``: key → today's.
+_UNIMATCH = {
+    "dataset": "dataset.type",
+    "nclass": "net.num_classes",
+    "crop_size": "dataset.train.crop.size",
+    "data_root": "dataset.train.data_root",
+    "epochs": "trainer.epochs",
+    "batch_size": "dataset.train.batch_size",
+    "lr": "trainer.optimizer.kwargs.lr",
+    "lr_multi": "trainer.optimizer.head_lr_times",
+    "criterion.name": "criterion.type",
+    "criterion.kwargs.ignore_index": "dataset.ignore_label",
+    "criterion.kwargs.thresh": "criterion.kwargs.thresh",
+    "criterion.kwargs.min_kept": "criterion.kwargs.min_kept",
+    "conf_thresh": "unimatch.threshold",
+    "backbone": "net.encoder.type",
+    "replace_stride_with_dilation": "net.encoder.kwargs.replace_stride_with_dilation",
+    "dilations": "net.decoder.kwargs.dilations",
+}
+# What is in UniMatch's code instead.
+_UNIMATCH_CODE = {
+    "dataset.train.flip": True,
+    "dataset.train.rand_resize": [0.5, 2.0],
+    "dataset.train.strong_aug": {"type": "jitter"},
+    "trainer.optimizer.kwargs.weight_decay": 1e-4,
+    "trainer.reference_batch": 8,
+    "net.sync_bn": True,
+}
+
 # Keys that former files may have although the method has no use for them.
 _IDLE = {
     "imas": ("dataset.train.strong_aug.labeled",),
     "sup_only": ("trainer.sup_only_epoch", "net.ema_decay", "trainer.unsupervised", "dataset.train.hardness_aware"),
 }
+
+# The authors' baseline leaves out the last short batch of an epoch on Cityscapes, and trains on it on Pascal.
+_DROP_LAST = "dataset.train.drop_last"
 
 
 def method_of(raw: dict[str, Any]) -> str:
@@ -70,6 +102,34 @@ def method_of(raw: dict[str, Any]) -> str:
         return str(named)
     trainer = raw.get("trainer")
     return "imas" if isinstance(trainer, dict) and trainer.get("unsupervised") is not None else "sup_only"
+
+
+def unfolded(raw: dict[str, Any], reader: Reader) -> tuple[dict[str, Any], list[str]]:
+    """A file of UniMatch's in sections, and a remark for each key; any other file as it is."""
+    if "nclass" not in raw or not isinstance(raw.get("dataset"), str):
+        return raw, []
+    sections: dict[str, Any] = {"unimatch": {}}
+    remarks: list[str] = []
+    implied = dict(_UNIMATCH_CODE)
+    if raw["dataset"] == "cityscapes":
+        implied |= {"dataset.train.resize_base_size": [1024, 2048], "dataset.val.crop.size": raw.get("crop_size")}
+    else:
+        implied["dataset.train.resize_base_size"] = 500
+    implied["net.encoder.pretrain"] = f"pretrained/{raw.get('backbone')}.pth"
+    for key, today in _UNIMATCH.items():
+        value = _pop(raw, key)
+        if value is not MISSING:
+            _move(sections, key, today, value, reader, remarks)
+    for key in ("criterion.kwargs", "criterion"):
+        if get(raw, key) == {}:
+            _pop(raw, key)
+    for key, value in raw.items():  # what is no key of theirs
+        _move(sections, key, key, value, reader, [])
+    for key, value in implied.items():
+        if get(sections, key) is MISSING and value is not None:
+            put(sections, key, value)
+            remarks.append(f"{key}: {show(value)}, as in UniMatch's code")
+    return sections, remarks
 
 
 def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) -> tuple[dict[str, Any], list[str]]:
@@ -103,6 +163,10 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
         for key in _IDLE.get(method, ()):
             if _pop(raw, key) not in (MISSING, None):
                 remarks.append(f"{key}: means nothing to {method}")
+        sup_only = method == "sup_only" and get(raw, "dataset.type") == "cityscapes"
+        if sup_only and get(raw, _DROP_LAST) is MISSING and isinstance(get(raw, "dataset.train"), dict):
+            put(raw, _DROP_LAST, True)
+            remarks.append(f"{_DROP_LAST}: true, as the authors train on Cityscapes without unlabeled images")
     for key, today in _FORMER.get(method, {}).items():
         value, section = _pop(raw, key), today.rpartition(".")[0]
         if value is not MISSING:

@@ -52,7 +52,10 @@ class ValCrop:
 
 @dataclass(frozen=True)
 class StrongAug:
-    num_augs: int = option(2, check=AT_LEAST_ONE)
+    """A strong view; ``data/strong.py`` has a function for each kind."""
+
+    type: Literal["pool", "jitter"] = "pool"
+    num_augs: int = option(2, check=AT_LEAST_ONE)  # of pool: operations of a view
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class TrainData:
     unlabeled_list: str | None = None  # default: beside data_list, labeled.txt → unlabeled.txt
     batch_size: int = option(2, check=AT_LEAST_ONE)  # per process, labeled and again unlabeled
     epoch_size: int | None = option(None, check=AT_LEAST_ONE)  # images an epoch; default: one pass over the list
+    drop_last: bool = False  # leave out the last short batch of labeled images; always so with unlabeled ones
     flip: bool = False
     rand_resize: tuple[float, float] | None = option(None, check=RANGE)
     resize_base_size: int | tuple[int, int] | None = option(
@@ -117,7 +121,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Dataset:
-    type: Literal["pascal", "cityscapes", "folder", "shapes"] = option()
+    type: str = option()  # a name in DATASETS of data/catalog.py
     train: TrainData = option()
     val: ValData = option(ValData)
     shapes: Shapes = option(Shapes)

@@ -1,4 +1,4 @@
-"""docs/add_a_method.md to the letter, in a copy of the project: the files it touches, contract, house, a short training."""
+"""docs/add_a_method.md to the letter, in a copy of the project: files touched, contract, a short training."""
 
 from __future__ import annotations
 

@@ -134,11 +134,12 @@ OLD_PASCAL_TODAY = {
             "unlabeled_list": "data/splits/pascal/662/unlabeled.txt",
             "batch_size": 4,
             "epoch_size": None,
+            "drop_last": False,
             "flip": True,
             "rand_resize": [0.5, 2.0],
             "resize_base_size": 500,
             "crop": {"type": "rand", "size": [513, 513]},
-            "strong_aug": {"num_augs": 3},
+            "strong_aug": {"type": "pool", "num_augs": 3},
         },
         "val": {
             "data_root": "./data/VOC2012_val",
@@ -416,6 +417,14 @@ def _complaint(path: Path, overrides: tuple[str, ...] = ()) -> str:
 # The published schema
 
 
+def test_only_the_authors_cityscapes_baseline_drops_the_last_short_batch(tmp_path: Path) -> None:
+    """A former file means what it meant; a file of today says so itself."""
+    former = OLD_CITYSCAPES.replace("    hardness_aware: {}\n", "").replace("  unsupervised: {", "  # {")
+    assert load_config(_written(tmp_path, former)).dataset.train.drop_last
+    assert not load_config(_written(tmp_path, OLD_PASCAL)).dataset.train.drop_last
+    assert not load_config(_written(tmp_path, SUP_ONLY)).dataset.train.drop_last
+
+
 def test_published_pascal_file_loads_with_every_value_translated(tmp_path: Path) -> None:
     """Compared as a whole, so that no key can be read and dropped."""
     assert load_config(_written(tmp_path, OLD_PASCAL)).to_dict() == OLD_PASCAL_TODAY
@@ -602,6 +611,7 @@ WRONG_VALUES = {
     "unknown encoder": ("old", {"net.encoder.type": "resnet51"}, "net.encoder.type", "resnet50"),
     "unknown decoder": ("old", {"net.decoder.type": "imas.models.decoder.unet"}, "net.decoder.type", "deeplabv3plus"),
     "somebody else's encoder": ("old", {"net.encoder.type": "torchvision.models.resnet50"}, "net.encoder.type", "50"),
+    "misspelt data set": ("old", {"dataset.type": "cityscape"}, "dataset.type", "did you mean cityscapes?"),
     "unknown method": ("shapes", {"imas": DROP, "method": "mixmatch"}, "method", "imas, sup_only"),
     "unknown method's section": ("shapes", {"mixmatch": {}}, "mixmatch", "methods: imas, sup_only"),
     "unknown crop type": ("old", {"dataset.train.crop.type": "random"}, "dataset.train.crop.type", "rand or center"),

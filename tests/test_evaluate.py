@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 import eval as script
 from imas import build_model, load_config, predict_sliding
-from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, SHAPES
+from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, voc_palette
+from imas.data.shapes import CLASS_NAMES
 from imas.engine.predict import find_images
 from imas.engine.sliding import Predictor, Protocol, labels, labels_and_confidence, protocol_bands
 from imas.errors import UserError
@@ -199,7 +200,7 @@ def test_every_output_stands_beside_its_protocol(trained, tmp_path: Path, capsys
     protocol |= {"window": 48, "stride": 32, "flip": True, "scales": [0.5, 1.0]}
     assert protocol.items() <= figures.items()
     rows = list(csv.DictReader(out["csv"].read_text().splitlines()))
-    assert [row["class"] for row in rows] == [*SHAPES.class_names, "mean", "by frequency"]
+    assert [row["class"] for row in rows] == [*CLASS_NAMES, "mean", "by frequency"]
     assert all(row["images"] == "5" and row["scales"] == "0.5 1.0" for row in rows)
     assert float(rows[-2]["iou"]) == figures["miou"] and float(rows[-1]["iou"]) == figures["fwiou"]
     assert float(rows[0]["pixels"]) == figures["pixels"]["background"]
@@ -293,7 +294,7 @@ def test_images_are_predicted_as_those_of_a_list(trained, tmp_path: Path, capsys
 
     index = Image.open(tmp_path / "data" / "masks" / "turned.png")
     assert index.mode == "P" and index.size == (20, 31)
-    assert index.getpalette()[:12] == [value for colour in SHAPES.palette for value in colour]
+    assert index.getpalette()[:12] == [value for colour in voc_palette(4) for value in colour]
     confidence = Image.open(tmp_path / "data" / "confidence" / "sub" / "alpha.png")
     assert confidence.mode == "L" and 63 <= confidence.getextrema()[0] <= confidence.getextrema()[1] <= 255
     assert Image.open(tmp_path / "data" / "overlay" / "sub" / "alpha.jpg").size == (40, 9)

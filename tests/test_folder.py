@@ -14,12 +14,12 @@ from conftest import TINY, run
 from PIL import Image
 
 from imas import load_config
-from imas.data.catalog import catalog_of
-from imas.data.doctor import examine
+from imas.data.catalog import catalog_of, open_source
+from imas.data.check import examine
 from imas.data.folder import find
 from imas.data.lists import read_lists
 from imas.data.loaders import TrainingData
-from imas.data.source import DataError, FileSource, open_source
+from imas.data.source import DataError, FileSource
 from imas.errors import ConfigError, UserError
 from imas.schema import Config
 
@@ -290,7 +290,7 @@ def test_a_broken_image_stops_training_after_a_checkpoint(tmp_path: Path) -> Non
     assert run("train_semi.py", "--config", straight).returncode == 0
     broken = _write(tmp_path, name="broken", workers=1)
     data = TrainingData(load_config(broken), read_lists(load_config(broken)), 0, 0, 1)
-    later = [int(batch["index"][0]) for update in data.epoch(2, True) for batch in update][2]
+    later = [int(batch["unlabeled"]["index"][0]) for update in data.epoch(2, True) for batch in update][2]
     path = tmp_path / "images" / read_lists(load_config(broken)).unlabeled[later]
     whole = path.read_bytes()
     # The checks before a run find files, but do not decode unlabeled images: so it stops when the image is drawn.

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from benchmarks import loading, plain
 from imas.data.cache import CachedSource
+from imas.data.catalog import open_source
 from imas.data.dataset import Draw, Geometry, LabeledSet
-from imas.data.source import DataError, FileSource, open_source
+from imas.data.source import DataError, FileSource
 from imas.data.weak import resized_size, weak_view
 from imas.errors import UserError
 from imas.schema import Dataset, TrainData

@@ -250,6 +250,8 @@ def test_a_step_is_a_pure_function_of_its_inputs() -> None:
 CONTRACT = {
     "imas": {"threshold": 0.5, "use_cutmix": True, "hardness": HardnessOptions(blend=True)},
     "sup_only": {"strong_views": True},
+    "fixmatch": {"threshold": 0.5, "teacher": True},
+    "unimatch": {"threshold": 0.5},
 }
 
 

@@ -166,7 +166,7 @@ def test_a_clone_alone_is_enough(tmp_path: Path, clone: Path, place: str) -> Non
 def test_cityscapes(tmp_path: Path, clone: Path) -> None:
     root, out = tmp_path / "cityscapes", tmp_path / "out"
     _touch(*(root / name for name in CITY[1:] + CITY_VAL))
-    with pytest.raises(IncompleteError, match=r"train: expected 6 images .*, found 5"):
+    with pytest.raises(IncompleteError, match=r"train/.*: expected 6 training images .*, found 5"):
         make_published("cityscapes", out, root=root)
     _assert_complete(out, ["cityscapes/val.txt"])
     _touch(root / CITY[0])
@@ -196,7 +196,7 @@ def test_a_tampered_list_is_refused(tmp_path: Path, voc: Path, clone: Path, caps
 def test_the_wrong_mask_folder_is_explained(tmp_path: Path, voc: Path, capsys: pytest.CaptureFixture) -> None:
     for name in POOL[10:]:
         (voc / "SegmentationClassAug" / f"{name}.png").unlink()
-    expected = r"expected 32 masks .*found 10 \(15 masks in all\).* 37 with those of val"
+    expected = r"SegmentationClassAug/.*expected 32 .*37 with those of val.*found 10 \(15 in all\)"
     with pytest.raises(IncompleteError, match=expected):
         make_published("pascal", tmp_path / "out", root=voc)
     _assert_complete(tmp_path / "out", ["pascal/10/labeled.txt", "pascal/val.txt"])

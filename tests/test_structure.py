@@ -12,6 +12,7 @@ from first_step import small
 from test_methods import CONTRACT
 
 import imas
+from imas.data.catalog import DATASETS
 from imas.methods import METHODS
 
 ROOT = Path(imas.__file__).parents[1]
@@ -109,6 +110,16 @@ def test_nothing_else_knows_a_method_or_its_networks(path: Path) -> None:
             assert node.attr not in networks, f"line {node.lineno}: .{node.attr}"
     classes = {kind.__name__ for kind in METHODS.values()}
     assert not classes & {name.split(".")[-1] for name in _imports(path)}
+
+
+@pytest.mark.parametrize("path", [*_files(), *sorted(ROOT.glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_table_alone_names_the_data_sets(path: Path) -> None:
+    """No name of a data set as a text, but where they are listed and in what former files are called."""
+    if path in (ROOT / "imas" / "data" / "catalog.py", ROOT / "imas" / "legacy.py"):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant):
+            assert node.value not in DATASETS, f"line {node.lineno}: {node.value!r}"
 
 
 def test_public_names_have_docstrings() -> None:

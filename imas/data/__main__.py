@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..config import load_config
 from ..errors import UserError, run_script
-from .doctor import Unhealthy, examine
+from .check import Unhealthy, examine
 from .draw import draw_splits, own_images, own_masks
 from .lists import read_list, read_lists
-from .splits import make_published
+from .splits import PUBLISHED, make_published
 
 # Options that only one of the two uses of ``splits`` has.
 _PUBLISHED = ("dataset", "root", "source", "download")
@@ -41,14 +41,14 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=check)
     parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read (default: one a core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read (default: one a core)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write what is wrong with which file to this file")
 
 
 def check(options: argparse.Namespace) -> None:
     """The doctor's table and findings."""
     config = load_config(options.config, options.set)
-    health = examine(config, read_lists(config), workers=max(0, options.workers))
+    health = examine(config, read_lists(config), workers=options.workers)
     print("\n".join([health.table, "", *health.lines()]))
     if options.write is not None:
         files = [file for finding in health.findings for file in finding.files]
@@ -69,7 +69,7 @@ def add_splits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="where the lists go (default data/splits; --new: needed)")
     parser.add_argument("--force", action="store_true", help="replace lists that differ, or earlier draws")
     published = parser.add_argument_group("published lists")
-    published.add_argument("--dataset", choices=("pascal", "cityscapes"))
+    published.add_argument("--dataset", choices=PUBLISHED)
     published.add_argument("--root", type=Path, help="the data set's folder: makes all lists that follow a rule")
     published.add_argument(
         "--from",
@@ -103,7 +103,8 @@ def splits(options: argparse.Namespace) -> None:
         raise UserError(f"{flags}: only {'without' if options.new else 'with'} --new")
     if not options.new:
         if options.dataset is None:
-            raise UserError("--dataset: missing; expected pascal or cityscapes (or --new, to draw lists for own data)")
+            names = " or ".join(PUBLISHED)
+            raise UserError(f"--dataset: missing; expected {names} (or --new, to draw lists for own data)")
         out = options.out or Path("data/splits")
         make_published(
             options.dataset, out, options.root, options.source, bool(options.download), options.force

@@ -1,34 +1,69 @@
-"""What each data set is: classes, colours, and where the files of a list line lie (spec, Layouts)."""
+"""What each data set is: one entry of ``DATASETS`` for each (spec, Layouts). See docs/add_a_dataset.md."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from ..schema import Dataset
-from . import shapes
+from . import folder, shapes
+from .source import FileSource, ShapesSource, Source, index_labels, shapes_lists
 
 Colour = tuple[int, int, int]
 
 
-def _voc_palette(count: int) -> tuple[Colour, ...]:
+@dataclass(frozen=True)
+class Catalog:
+    """All that is particular to a data set.
+
+    Args:
+        class_names: in the order of their numbers.
+        palette: a colour for each class.
+        files: (root, list line) → the paths of image and mask. None for a set that is drawn, not read.
+        decode: (mask's path, image as stored, ignore index) → (H, W) uint8 labels. None: pixels are class numbers.
+        drawn: where images and masks come from instead of ``files``.
+        side: of all images in pixels, where it is known beforehand.
+        find: (lists that are given, names of those to find) → lists. None: the configuration must name every list.
+        folder_lists: what its folder says about lists: "train" and "val", and "pool", all training images. The
+            value is a list file or a pattern of files. Empty for a set without published lists.
+        head_lr_times: default of ``trainer.optimizer.head_lr_times``.
+        test_ids: the numbers of the classes on the data set's test server, where they differ.
+        problems: dotted key → what is wrong with the section of the data set.
+    """
+
+    class_names: tuple[str, ...]
+    palette: tuple[Colour, ...]
+    files: Callable[[Path, str], tuple[Path, Path]] | None = None
+    decode: Callable[[Path, Image.Image, int], np.ndarray] | None = None
+    drawn: Source | None = None
+    side: int | None = None
+    find: Callable[[Mapping[str, list[str]], list[str]], dict[str, list[str]]] | None = None
+    folder_lists: Mapping[str, str] = field(default_factory=dict)
+    head_lr_times: float = 1.0
+    test_ids: tuple[int, ...] | None = None
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+
+def voc_palette(count: int) -> tuple[Colour, ...]:
     """The VOC colour map: the bits of a class number, three at a time, become the high bits of red, green, blue."""
     palette = []
-    for number in range(count):
+    for class_id in range(count):
         colour = [0, 0, 0]
         for bit in range(8):
             for channel in range(3):
-                colour[channel] |= ((number >> (3 * bit + channel)) & 1) << (7 - bit)
+                colour[channel] |= ((class_id >> (3 * bit + channel)) & 1) << (7 - bit)
         palette.append(tuple(colour))
     return tuple(palette)
 
 
-@dataclass(frozen=True)
-class Catalog:
-    """Names and colours of the classes, in the order of their numbers."""
-
-    class_names: tuple[str, ...]
-    palette: tuple[Colour, ...]
+def pascal_files(root: Path, name: str) -> tuple[Path, Path]:
+    """Image and mask of a list line, which is an ID."""
+    return root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClassAug" / f"{name}.png"
 
 
 PASCAL = Catalog(
@@ -36,39 +71,18 @@ PASCAL = Catalog(
         "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
         "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",
     ),
-    _voc_palette(21),
+    voc_palette(21),
+    pascal_files,
+    folder_lists={
+        "train": "ImageSets/Segmentation/train.txt",
+        "val": "ImageSets/Segmentation/val.txt",
+        "pool": "SegmentationClassAug/*.png",
+    },
+    head_lr_times=10.0,
 )  # fmt: skip
 
-CITYSCAPES = Catalog(
-    (
-        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
-        "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
-    ),
-    (
-        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
-        (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0),
-        (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
-    ),
-)  # fmt: skip
-
-SHAPES = Catalog(shapes.CLASS_NAMES, _voc_palette(len(shapes.CLASS_NAMES)))
-
-
-def catalog_of(dataset: Dataset) -> Catalog:
-    """Names and colours of a configuration's classes; own data without a palette gets VOC's colours."""
-    if dataset.type == "folder":
-        names = dataset.folder.class_names
-        return Catalog(names, dataset.folder.palette or _voc_palette(len(names)))
-    return {"pascal": PASCAL, "cityscapes": CITYSCAPES, "shapes": SHAPES}[dataset.type]
-
-
-# Raw Cityscapes labelIds → the 19 training classes; every other id is ignored.
+# The raw labelIds of the 19 training classes; every other id is ignored.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-
-
-def pascal_files(root: Path, name: str) -> tuple[Path, Path]:
-    """Image and mask of a list line, which is an ID."""
-    return root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClassAug" / f"{name}.png"
 
 
 def cityscapes_files(root: Path, name: str) -> tuple[Path, Path]:
@@ -80,3 +94,83 @@ def cityscapes_files(root: Path, name: str) -> tuple[Path, Path]:
     raw = mask.replace("labelTrainIds", "labelIds")
     use_raw = not (root / mask).is_file() and (root / raw).is_file()
     return root / name, root / (raw if use_raw else mask)
+
+
+def cityscapes_labels(path: Path, image: Image.Image, ignore_index: int) -> np.ndarray:
+    """``index_labels``, through the standard map where the file has the raw labelIds."""
+    labels = index_labels(path, image)
+    if not path.stem.endswith("_labelIds"):
+        return labels
+    train_ids = np.full(256, ignore_index, dtype=np.uint8)
+    train_ids[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
+    return train_ids[labels]
+
+
+CITYSCAPES = Catalog(
+    (
+        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
+        "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+    ),
+    (
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
+        (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0),
+        (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+    ),
+    cityscapes_files,
+    cityscapes_labels,
+    folder_lists={
+        "pool": "leftImg8bit/train/*/*_leftImg8bit.png",
+        "val": "leftImg8bit/val/*/*_leftImg8bit.png",
+    },
+    test_ids=CITYSCAPES_IDS,
+)  # fmt: skip
+
+
+def _own(dataset: Dataset) -> Catalog:
+    """Own data is what its section of the configuration says; without a palette, it gets VOC's colours."""
+    options = dataset.folder
+    return Catalog(
+        options.class_names,
+        options.palette or voc_palette(len(options.class_names)),
+        partial(folder.files, options),
+        partial(folder.labels, options),
+        find=partial(folder.lists, dataset),
+        problems=folder.problems(dataset),
+    )
+
+
+def _embedded(dataset: Dataset) -> Catalog:
+    options = dataset.shapes
+    return Catalog(
+        shapes.CLASS_NAMES,
+        voc_palette(len(shapes.CLASS_NAMES)),
+        drawn=ShapesSource(options.seed, options.size),
+        side=options.size,
+        find=partial(shapes_lists, options),
+    )
+
+
+# dataset.type → the data set, or a function of the configuration's section ``dataset`` that gives it.
+DATASETS: dict[str, Catalog | Callable[[Dataset], Catalog]] = {
+    "pascal": PASCAL,
+    "cityscapes": CITYSCAPES,
+    "folder": _own,
+    "shapes": _embedded,
+}
+
+
+def catalog_of(dataset: Dataset) -> Catalog:
+    """The data set of a configuration."""
+    entry = DATASETS[dataset.type]
+    return entry if isinstance(entry, Catalog) else entry(dataset)
+
+
+def open_source(dataset: Dataset, root: str | None) -> Source:
+    """The images and masks of a configuration. ``root``: the folder of a data set that is read from files."""
+    catalog = catalog_of(dataset)
+    if catalog.files is None:
+        return catalog.drawn
+    decode = index_labels
+    if catalog.decode is not None:
+        decode = partial(catalog.decode, ignore_index=dataset.ignore_label)
+    return FileSource(catalog.files, Path(root), len(catalog.class_names), dataset.ignore_label, decode)

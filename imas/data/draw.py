@@ -73,6 +73,8 @@ def draw_splits(
     """
     if seed < 0:
         raise UserError(f"--seed {seed}: expected 0 or more")
+    if stratify and masks is None:
+        raise UserError("--stratify reads masks: name their folder with --masks")
     names = sorted(set(names))
     usable = names if masks is None else [name for name in names if masks.files(masks.root, name)[1].is_file()]
     if not usable:
@@ -80,28 +82,28 @@ def draw_splits(
         raise UserError(f"none of the {len(names)} images has a mask; that of {names[0]} would be {looked}")
     count = _amount("--labeled", labeled, len(names))
     held_out = 0 if val is None else _amount("--val", val, len(names))
-    kinds = ["labeled", *(["unlabeled"] if count + held_out < len(names) else []), *(["val"] if held_out else [])]
-    _refuse_existing(out, set(kinds), force)
+    sizes = {"labeled": count, "unlabeled": len(names) - count - held_out, "val": held_out}
     if count + held_out > len(usable):
         have = "" if masks is None else f" that have a mask, of {len(names)} in all"
         raise UserError(f"{count} labeled and {held_out} val images are more than the {len(usable)} images{have}")
-    if stratify and masks is None:
-        raise UserError("--stratify reads masks: name their folder with --masks")
-    classes = _classes_of_all(masks, usable) if stratify else None
+    _refuse_existing(out, {kind for kind, size in sizes.items() if size}, force)
+    classes = None
+    if stratify:
+        with ThreadPoolExecutor(8) as pool:
+            classes = dict(zip(usable, pool.map(partial(_classes, masks), usable)))
     lists = drawn(usable, count, held_out, seed, classes)
-    taken = {name for part in lists.values() for name in part}
-    lists["unlabeled"] = [name for name in names if name not in taken]
+    lists["unlabeled"] = sorted(set(names).difference(*lists.values()))
     with_mask = "" if masks is None else f", {len(usable)} with a mask"
     print(f"{len(names)} images{with_mask}; seed {seed}{', stratified' if stratify else ''}")
-    for kind in kinds:
+    for kind in (kind for kind, size in sizes.items() if size):
         write_list(out / f"{kind}.txt", lists[kind])
         print(f"{out / f'{kind}.txt'}  {len(lists[kind])} images, sha256 {digest(lists[kind])}")
-    if "unlabeled" not in kinds:
+        if classes is not None and kind != "unlabeled":
+            absent = set().union(*classes.values()).difference(*(classes[name] for name in lists[kind]))
+            if absent:
+                print(f"{kind}: no image could be had of these classes: {', '.join(map(str, sorted(absent)))}")
+    if not sizes["unlabeled"]:
         print("no image is left to be unlabeled: the lists are for methods that need none")
-    for kind in ["labeled", *(["val"] if held_out else [])] if classes is not None else []:
-        absent = set().union(*classes.values()).difference(*(classes[name] for name in lists[kind]))
-        if absent:
-            print(f"{kind}: no image could be had of these classes: {', '.join(map(str, sorted(absent)))}")
 
 
 def drawn(
@@ -117,16 +119,15 @@ def drawn(
         classes: of each name, what its mask shows.
     """
     order = np.random.default_rng(seed).permutation(names).tolist()
-    lists: dict[str, list[str]] = {"labeled": [], "val": []}
+    lists = {"labeled": [], "val": []}
     sizes = {"labeled": labeled, "val": val}
-    if classes is not None:
-        for kind, size in sizes.items():
-            lists[kind] = _cover(order, size, classes)
-            order = [name for name in order if name not in set(lists[kind])]
+    for kind in lists if classes is not None else ():
+        lists[kind] = _cover(order, sizes[kind], classes)
+        order = [name for name in order if name not in set(lists[kind])]
     for kind in ("val", "labeled"):
-        wanted = sizes[kind] - len(lists[kind])
-        lists[kind] += order[:wanted]
-        order = order[wanted:]
+        missing = sizes[kind] - len(lists[kind])
+        lists[kind] += order[:missing]
+        order = order[missing:]
     return {kind: sorted(part) for kind, part in lists.items()}
 
 
@@ -143,11 +144,6 @@ def _cover(order: list[str], size: int, classes: dict[str, set[int]]) -> list[st
         chosen.append(best)
         lacking -= classes[best]
     return chosen
-
-
-def _classes_of_all(masks: FileSource, names: list[str]) -> dict[str, set[int]]:
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(names, pool.map(partial(_classes, masks), names)))
 
 
 def _classes(masks: FileSource, name: str) -> set[int]:

@@ -7,10 +7,7 @@ from pathlib import Path
 
 from ..errors import Together, UserError
 from ..schema import Config
-from . import folder
-from .source import shapes_names
-
-_SHAPES_VAL = 1_000_000  # validation images of the embedded set are numbered from here
+from .catalog import catalog_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,8 @@ def read_lists(config: Config, training: bool = True) -> Lists:
     together = Together()
     paths = list_paths(config)
     lists = {name: together(read_list, paths[name]) for name in wanted if paths[name] is not None}
-    if together.errors and config.dataset.type in ("pascal", "cityscapes"):
+    catalog = catalog_of(config.dataset)
+    if together.errors and catalog.folder_lists:
         root = config.dataset.train.data_root
         together.errors.append(
             f"The published lists: python -m imas.data splits --dataset {config.dataset.type} --root {root} "
@@ -54,7 +52,7 @@ def read_lists(config: Config, training: bool = True) -> Lists:
     together.finish()
     missing = [name for name in wanted if name not in lists]
     if missing:
-        lists |= _found(config, lists, missing) if config.dataset.type == "folder" else _embedded(config, missing)
+        lists |= catalog.find(lists, missing)
     return Lists(**({"labeled": [], "unlabeled": [], "val": []} | lists))
 
 
@@ -78,40 +76,3 @@ def read_list(path: str | Path) -> list[str]:
 def val_root(config: Config) -> str | None:
     """The folder of the validation images."""
     return config.dataset.val.data_root or config.dataset.train.data_root
-
-
-def _embedded(config: Config, wanted: list[str]) -> dict[str, list[str]]:
-    shapes = config.dataset.shapes
-    ranges = {
-        "labeled": (0, shapes.labeled),
-        "unlabeled": (shapes.labeled, shapes.unlabeled),
-        "val": (_SHAPES_VAL, shapes.val),
-    }
-    return {name: shapes_names(*ranges[name]) for name in wanted}
-
-
-def _found(config: Config, given: dict[str, list[str]], wanted: list[str]) -> dict[str, list[str]]:
-    """Own data: images with a mask are labeled, all others unlabeled; none is in two lists."""
-    options, found = config.dataset.folder, dict(given)
-    if "val" in wanted:
-        found["val"] = folder.find(options, Path(val_root(config)), masked=True)[0]
-    if wanted != ["val"]:
-        with_mask, without = folder.find(options, Path(config.dataset.train.data_root))
-        same_root = val_root(config) == config.dataset.train.data_root
-        taken = set(found["val"]) if same_root else set()
-        if "labeled" in wanted:
-            found["labeled"] = [name for name in with_mask if name not in taken]
-        if "unlabeled" in wanted:
-            taken |= set(found["labeled"])
-            found["unlabeled"] = [name for name in (*with_mask, *without) if name not in taken]
-    together = Together()
-    for name in wanted:
-        if not found[name]:
-            together(_refuse, name, options.images, options.masks)
-    together.finish()
-    return found
-
-
-def _refuse(name: str, images: str, masks: str) -> None:
-    kind = "without a mask" if name == "unlabeled" else "with a mask"
-    raise UserError(f"dataset.folder: no {name} image: none {kind} was found below the folders {images} and {masks}")

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Sampler
 from ..errors import UserError
 from ..schema import Config
 from .cache import CachedSource
+from .catalog import open_source
 from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
 from .lists import Lists, val_root
-from .source import DataError, FileSource, open_source
+from .source import DataError, FileSource
 
 _STREAMS = {"labeled": 0, "unlabeled": 1}
 _OF_THE_MAIN_PROCESS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}  # see engine.interrupt
@@ -115,26 +116,23 @@ class TrainingData:
             "rand" if train.crop is None else train.crop.type,
             config.dataset.ignore_label,
         )
-        wants, num_augs = config.wants, 0
-        if train.strong_aug is not None:
-            num_augs = train.strong_aug.num_augs
-        else:
+        wants, strong_aug = config.wants, train.strong_aug
+        if strong_aug is None:
             wants = wants._replace(strong=0, labeled_strong=0)
         skip = config.dataset.on_error == "skip"
-        labeled = LabeledSet(source, lists.labeled, geometry, wants.labeled_strong, num_augs, skip)
+        labeled = LabeledSet(source, lists.labeled, geometry, wants.labeled_strong, strong_aug, skip)
         count, pool = len(lists.labeled), len(lists.unlabeled)
         items, size = list(range(count)), train.epoch_size or count
         if pool and train.epoch_size is None:
             items, size = oversample(count, pool, seed), pool
-        # SupOnly keeps Pascal's last short batch and drops that of Cityscapes (spec, SupOnly).
-        drop_last = bool(pool) or config.dataset.type == "cityscapes"
+        drop_last = bool(pool) or train.drop_last
         self.labeled_sampler = EpochSampler(
             items, size, train.batch_size, seed, "labeled", rank, world, drop_last
         )  # fmt: skip
         self.labeled = _loader(labeled, self.labeled_sampler, workers)
         self.unlabeled = None
         if pool:
-            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, num_augs, skip)
+            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, strong_aug, skip)
             self.unlabeled_sampler = EpochSampler(
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )

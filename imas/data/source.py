@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +10,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UserError
-from ..schema import Dataset
-from . import folder, shapes
-from .catalog import CITYSCAPES_IDS, cityscapes_files, pascal_files
+from ..schema import Shapes
+from . import shapes
+
+_SHAPES_VAL = 1_000_000  # validation images of the embedded set are numbered from here
 
 
 class Source(Protocol):
@@ -31,26 +31,6 @@ class Source(Protocol):
 
 class DataError(UserError):
     """A file that cannot be used, by name."""
-
-
-def open_source(dataset: Dataset, root: str | None) -> Source:
-    """The images and masks of a configuration. ``root``: the folder of a file data set."""
-    if dataset.type == "shapes":
-        return ShapesSource(dataset.shapes.seed, dataset.shapes.size)
-    if dataset.type == "folder":
-        options = dataset.folder
-        files = partial(folder.files, options)
-        palette = None
-        if options.palette is not None:
-            palette = dict(zip(options.palette, range(len(options.palette))))
-            palette |= {} if options.ignore_colour is None else {options.ignore_colour: dataset.ignore_label}
-        decode = partial(labels_of_colours, palette) if palette else binary_labels if options.binary else index_labels
-        return FileSource(files, Path(root), len(options.class_names), dataset.ignore_label, decode)
-    if dataset.type == "pascal":
-        return FileSource(pascal_files, Path(root), 21, dataset.ignore_label)
-    return FileSource(
-        cityscapes_files, Path(root), 19, dataset.ignore_label, partial(cityscapes_labels, dataset.ignore_label)
-    )
 
 
 class FileSource:
@@ -141,16 +121,6 @@ def index_labels(path: Path, image: Image.Image) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def cityscapes_labels(ignore_index: int, path: Path, image: Image.Image) -> np.ndarray:
-    """``index_labels``, through the standard map where the file has the raw labelIds."""
-    labels = index_labels(path, image)
-    if not path.stem.endswith("_labelIds"):
-        return labels
-    train_ids = np.full(256, ignore_index, dtype=np.uint8)
-    train_ids[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
-    return train_ids[labels]
-
-
 def binary_labels(path: Path, image: Image.Image) -> np.ndarray:
     """A mask of 0 and 255 (or 0 and 1): (H, W) uint8 of 0 and 1.
 
@@ -216,9 +186,19 @@ def shapes_names(first: int, count: int) -> list[str]:
     return [f"shapes/{number:05d}" for number in range(first, first + count)]
 
 
+def shapes_lists(options: Shapes, given: Mapping[str, list[str]], wanted: list[str]) -> dict[str, list[str]]:
+    """The lists ``wanted`` of the embedded set, which share no image; ``given`` ones change nothing."""
+    ranges = {
+        "labeled": (0, options.labeled),
+        "unlabeled": (options.labeled, options.unlabeled),
+        "val": (_SHAPES_VAL, options.val),
+    }
+    return {name: shapes_names(*ranges[name]) for name in wanted}
+
+
 def _number(name: str) -> int:
-    head, _, number = name.partition("/")
-    if head != "shapes" or not number.isdigit():
+    number = name.removeprefix("shapes/")
+    if number == name or not number.isdigit():
         raise DataError(f"{name!r} is not an image of the embedded set; expected shapes/NUMBER")
     return int(number)
 

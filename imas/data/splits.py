@@ -14,6 +14,7 @@ from urllib.error import HTTPError
 import yaml
 
 from ..errors import UserError
+from .catalog import DATASETS
 from .lists import read_list
 
 AUTHORS = "https://raw.githubusercontent.com/ZhenZHAO/iMAS/main/data/splits/"
@@ -33,6 +34,7 @@ MANIFEST = {
     name: Published(**entry)
     for name, entry in yaml.safe_load(Path(__file__).with_name("splits.yaml").read_text()).items()
 }
+PUBLISHED = tuple(dict.fromkeys(name.partition("/")[0] for name in MANIFEST))  # data sets with published lists
 
 
 def digest(names: Iterable[str]) -> str:
@@ -82,9 +84,9 @@ def _title(name: str) -> str:
     """``pascal/662/labeled.txt`` → "Pascal blended 662 labeled", ``pascal/val.txt`` → "Pascal val"."""
     dataset, *number, kind = name.removesuffix(".txt").split("/")
     words = [dataset.capitalize(), *number, kind]
-    if number and dataset == "pascal":
-        rule = MANIFEST[f"{dataset}/{number[0]}/labeled.txt"].rule
-        words.insert(1, "blended" if rule.startswith("every") else "classic")
+    blended = [listed for listed, entry in MANIFEST.items() if entry.rule.startswith("every")]
+    if number and any(listed.startswith(f"{dataset}/") for listed in blended):  # else there is one kind of split
+        words.insert(1, "blended" if f"{dataset}/{number[0]}/labeled.txt" in blended else "classic")
     return " ".join(words)
 
 
@@ -114,7 +116,7 @@ def make_published(
     """Complete OUT/DATASET with the published lists, each checked against its digest first; print a line for each.
 
     Args:
-        dataset: "pascal" or "cityscapes".
+        dataset: a data set of the manifest.
         root: the data set's folder, for the lists that follow from it.
         source: a folder that has lists: the authors' repository, its ``data/splits``, or anything laid out like it.
         download: get from the authors' repository what nothing else gives.
@@ -131,7 +133,7 @@ def make_published(
     ways: dict[str, Way] = {}
     remarks: list[str] = []
     if root is not None:
-        bases, remarks = (_pascal_bases if dataset == "pascal" else _cityscapes_bases)(root)
+        bases, remarks = _bases(dataset, root)
         ways["--root"] = partial(_by_rule, bases, have)
     if source is not None:
         ways["--from"] = partial(_copied, source)
@@ -213,42 +215,34 @@ def _by_rule(bases: dict[str, list[str]], have: dict[str, list[str]], name: str)
     return bases[base], f"the data set's own {rule} list"
 
 
-def _pascal_bases(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """What VOC's folder gives: "pool" (train_aug), "train" and "val"; and remarks on what it does not give."""
-    bases, remarks = {}, []
-    for rule in ("train", "val"):
-        try:
-            bases[rule] = read_list(root / "ImageSets" / "Segmentation" / f"{rule}.txt")
-        except UserError as error:
-            remarks.append(str(error))
-    if "val" in bases:
-        masks = root / "SegmentationClassAug"
-        stems = {path.stem for path in masks.glob("*.png") if not path.name.startswith(".")}
-        pool, wanted = stems - set(bases["val"]), _pool_size("pascal")
-        if len(pool) == wanted:
-            bases["pool"] = sorted(pool)
-        else:
-            both = wanted + MANIFEST["pascal/val.txt"].count
-            remarks.append(
-                f"{masks}: expected {wanted:,} masks of images that are not in ImageSets/Segmentation/val.txt "
-                f"(train_aug), found {len(pool):,} ({len(stems):,} masks in all). The folder that is meant holds the "
-                f"masks of VOC and SBD together, {both:,} with those of val"
-            )
-    return bases, remarks
+def _bases(dataset: str, root: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The lists that a data set's folder gives: "train", "val" and "pool", all training images; and why it lacks one.
 
-
-def _cityscapes_bases(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """What Cityscapes' folder gives: "pool" (its train folder) and "val"; and remarks on what it does not give."""
-    bases, remarks = {}, []
-    wanted = {"train": ("pool", _pool_size("cityscapes")), "val": ("val", MANIFEST["cityscapes/val.txt"].count)}
-    for part, (base, count) in wanted.items():
-        images = root / "leftImg8bit" / part
-        names = sorted(path.relative_to(root).as_posix() for path in images.glob("*/[!.]*_leftImg8bit.png"))
-        if len(names) == count:
-            bases[base] = names
-        else:
-            remarks.append(f"{images}: expected {count:,} images CITY/..._leftImg8bit.png, found {len(names):,}")
-    return bases, remarks
+    A list line is a file's path below the root if that is where the data set has its image; else the file's stem.
+    """
+    catalog, found, remarks = DATASETS[dataset], {}, []
+    for base, pattern in catalog.folder_lists.items():
+        if pattern.endswith(".txt"):
+            try:
+                found[base] = read_list(root / pattern)
+            except UserError as error:
+                remarks.append(str(error))
+            continue
+        paths = [path for path in root.glob(pattern) if not path.name.startswith(".")]
+        names = {path: path.relative_to(root).as_posix() for path in paths}
+        lines = [name if catalog.files(root, name)[0] == path else path.stem for path, name in names.items()]
+        found |= {base: sorted(lines)} if lines else {}
+    every, size = found.pop("pool", []), _pool_size(dataset)
+    pool = sorted(set(every).difference(found.get("val", ())))
+    if len(pool) == size:
+        found["pool"] = pool
+    else:
+        both, place = size + MANIFEST[f"{dataset}/val.txt"].count, root / catalog.folder_lists["pool"]
+        remarks.append(
+            f"{place}: expected {size:,} training images ({both:,} with those of val), found {len(pool):,} "
+            f"({len(every):,} in all)"
+        )
+    return found, remarks
 
 
 def _pool_size(dataset: str) -> int:

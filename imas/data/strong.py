@@ -1,4 +1,4 @@
-"""Strong augmentation: colour only, so that labels stay where they are (spec, Strong augmentation)."""
+"""Strong augmentation: colour only, so that labels stay where they are. Each kind is a function in ``KINDS``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision.transforms import functional as TF
+
+from ..schema import StrongAug
 
 _SPAN = 0.999  # the authors' factor
 
@@ -50,14 +52,46 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, np.random.Generator], Image.
 }
 
 
-def strong_view(image: Image.Image, num_augs: int, rng: np.random.Generator) -> Image.Image:
-    """``num_augs`` operations, drawn uniformly with replacement, one after the other, each of a random strength.
-
-    Args:
-        image: RGB, left as it is.
+def _pool(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
+    """``num_augs`` operations, drawn uniformly with replacement, one after the other, each of a random strength
+    (iMAS; spec, Strong augmentation).
     """
     names = list(OPERATIONS)
-    for _ in range(num_augs):
+    for _ in range(options.num_augs):
         name = names[rng.integers(len(names))]
         image = OPERATIONS[name](image, rng.random(), rng)
     return image
+
+
+# name → (image, factor) → image
+_JITTERS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "brightness": TF.adjust_brightness,
+    "contrast": TF.adjust_contrast,
+    "saturation": TF.adjust_saturation,
+    "hue": TF.adjust_hue,
+}
+
+
+def _jitter(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
+    """Jitter of the colours with probability 0.8, no colours with 0.2, blur with 0.5 (FixMatch, UniMatch, ST++)."""
+    if rng.random() < 0.8:
+        for name in rng.permutation(list(_JITTERS)):
+            factor = rng.uniform(-0.25, 0.25) if name == "hue" else rng.uniform(0.5, 1.5)
+            image = _JITTERS[name](image, factor)
+    if rng.random() < 0.2:
+        image = image.convert("L").convert("RGB")
+    if rng.random() < 0.5:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+    return image
+
+
+# ``dataset.train.strong_aug.type`` → (image, options, rng) → image
+KINDS: dict[str, Callable[[Image.Image, StrongAug, np.random.Generator], Image.Image]] = {
+    "pool": _pool,
+    "jitter": _jitter,
+}
+
+
+def strong_view(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
+    """A strong view of an RGB image, which is left as it is."""
+    return KINDS[options.type](image, options, rng)

@@ -95,7 +95,7 @@ def predict_images(
         network: on the device of ``predictor``.
         images: files by the path of their outputs.
         dataset: the section of the configuration: normalisation, classes, workers.
-        ids: numbers to write for the classes, in grey without a palette (``catalog.CITYSCAPES_IDS``).
+        ids: numbers to write for the classes, in grey without a palette (``Catalog.test_ids``).
 
     Returns:
         A sentence for each image without a prediction, of all ranks.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from .base import Method
+from .fixmatch import FixMatch
 from .imas import IMAS
 from .sup_only import SupOnly
+from .unimatch import UniMatch
 
 METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
     "imas": IMAS,
     "sup_only": SupOnly,
+    "fixmatch": FixMatch,
+    "unimatch": UniMatch,
 }
 DEFAULT = "sup_only"  # of a file without such a section

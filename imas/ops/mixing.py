@@ -7,6 +7,7 @@ Every random function takes the CPU generator that it draws from.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -97,8 +98,43 @@ def cutmix_mask(
     return (y >= rows - half_h) & (y < rows + half_h) & (x >= columns - half_w) & (x < columns + half_w)
 
 
+def area_box(height: int, width: int, draw: Callable[[], float]) -> tuple[int, int, int, int]:
+    """A box (top, left, height, width) that lies in the image (FixMatch, UniMatch; spec, CutMix box).
+
+    Its area is uniform in [0.02, 0.4] of the image's. Ratio and place are drawn anew until the box fits, so that none
+    is clipped.
+
+    Args:
+        draw: gives uniform numbers in [0, 1): for the area; then for ratio, left and top of each try.
+    """
+    area = (0.02 + 0.38 * draw()) * height * width
+    while True:
+        ratio = 0.3 + (1 / 0.3 - 0.3) * draw()
+        box_width, box_height = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
+        left, top = int(draw() * width), int(draw() * height)
+        if left + box_width <= width and top + box_height <= height:
+            return top, left, box_height, box_width
+
+
+def area_mask(batch: int, height: int, width: int, generator: torch.Generator, probability: float = 0.5) -> Tensor:
+    """An ``area_box`` in each image with this probability, True inside: (B, H, W) bool on the CPU."""
+
+    def draw() -> float:
+        return torch.rand((), generator=generator, dtype=torch.float64).item()
+
+    mask = torch.zeros(batch, height, width, dtype=torch.bool)
+    for image in mask:
+        if draw() < probability:
+            top, left, box_height, box_width = area_box(height, width, draw)
+            image[top : top + box_height, left : left + box_width] = True
+    return mask
+
+
 def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
     """``base`` with each image's box taken from its partner: (B, …, H, W), (B,) int64, (B, H, W) bool."""
-    if base.ndim == 4:
-        mask = mask.unsqueeze(1)
-    return torch.where(mask, base[partner], base)
+    return put(base, base[partner], mask)
+
+
+def put(base: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
+    """``base`` with what ``patch`` has inside the mask: both (B, …, H, W), the mask (B, H, W) bool."""
+    return torch.where(mask.unsqueeze(1) if base.ndim == 4 else mask, patch, base)
