@@ -168,4 +168,4 @@ def write_report(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(distributed.for_summary(main))

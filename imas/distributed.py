@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from .errors import UserError
 
@@ -29,6 +30,11 @@ _PAIRS = ("gloo", "pair closure", "Connection closed by peer", "Connection reset
 _SHOWN = 6
 _NVIDIA = Path("/dev")  # where the driver's devices are
 _store: dist.Store | None = None  # of the processes, while they are joined
+
+
+def for_summary(main: Callable[[], None]) -> Callable[[], None]:
+    """A script's ``main``, whose error stands in torchrun's summary where torchrun has started it."""
+    return record(main) if "TORCHELASTIC_ERROR_FILE" in os.environ else main
 
 
 def read_launcher() -> None:

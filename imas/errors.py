@@ -51,10 +51,6 @@ def run_script(main: Callable[[], None]) -> None:
     """Call a script's ``main``. A ``UserError``, a full or read-only disk and a GPU out of memory end it with a message
     on stderr and an exit status instead of a traceback.
     """
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # for torchrun's summary
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        main = record(main)
     try:
         main()
     except UserError as error:

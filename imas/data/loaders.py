@@ -7,6 +7,7 @@ draw the same, any number of workers draws alike, and a resumed run continues as
 from __future__ import annotations
 
 import itertools
+import multiprocessing.util
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -178,9 +179,10 @@ class TrainingData:
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:
     """This rank's share of the validation images, every image once over all ranks, as lists of (image, label)."""
     dataset = EvaluationSet(open_source(config.dataset, val_root(config)), names[rank::world])
+    workers = config.dataset.workers
     return DataLoader(
-        dataset, config.dataset.val.batch_size, num_workers=config.dataset.workers, collate_fn=list,
-        worker_init_fn=_prepare_worker,
+        dataset, config.dataset.val.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_single_thread,
+        multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
 
 
@@ -202,13 +204,21 @@ def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: 
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=_single_thread,
+        multiprocessing_context="fork" if workers else None,
     )
 
 
-def _prepare_worker(worker: int) -> None:
+def _kill_workers() -> None:
+    """At the end of the process, which would send them SIGTERM, in vain, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def _single_thread(worker: int) -> None:
     torch.set_num_threads(1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_MAIN_PROCESS)  # of a worker that was not forked
 
 
 def _clear_errors(loader: DataLoader) -> Iterator:
@@ -217,6 +227,7 @@ def _clear_errors(loader: DataLoader) -> Iterator:
     Workers are forked with signals blocked: a signal to the whole process group is the main process's to act on. They
     end when it does. Blocking them in the worker would be too late, since torch installs a handler that ends it first.
     """
+    multiprocessing.util.Finalize(None, _kill_workers, exitpriority=100)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_MAIN_PROCESS)
     try:
         batches = iter(loader)

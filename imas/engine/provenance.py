@@ -50,7 +50,7 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
 
 def identity(config: Config, lists: Lists, seed: int) -> dict[str, str]:
     """What makes ranks one run, as text by name: seed, folder, commit, versions, lists, and every key of the recipe."""
-    texts = {"seed": seed, "folder": config.folder.resolve(), "commit": git_commit()}
+    texts = {"seed": seed, "run folder": config.folder.resolve(), "commit": git_commit()}
     texts |= {name: version(name) for name in PACKAGES}
     texts |= {f"{name} list": f"{len(names)} images, {digest(names)[:12]}" for name, names in vars(lists).items()}
     return {name: str(text) for name, text in (texts | _dotted(config.to_dict())).items()}
