@@ -236,4 +236,4 @@ def predict(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(distributed.for_summary(main))

@@ -25,7 +25,8 @@ from imas.config import load_config
 from imas.data.check import Unhealthy, check_data, examine
 from imas.data.lists import Lists, read_lists
 from imas.data.loaders import TrainingData
-from imas.engine import checkpoint, lock
+from imas.engine import checkpoint, lock, provenance
+from imas.engine.interrupt import interruptible
 from imas.engine.log import start_logging
 from imas.engine.optim import AVERAGES, explain_batch
 from imas.engine.provenance import in_numbers
@@ -76,14 +77,16 @@ def main(arguments: list[str] | None = None) -> None:
     if options.check:
         report(config, lists, options.seed)
         return
-    with distributed.process_group() as device:
+    with distributed.process_group() as device, interruptible() as interruption:
+        distributed.agree(provenance.identity(config, lists, options.seed))
         _lock = lock.hold(config.log_dir) if distributed.is_main() else None
         start_logging(config.log_dir)
         if config.translated:
             log.info("translated: %s", "; ".join(config.translated))
         session = Session(
-            config, lists, seed=options.seed, device=device, build=build_method, finish=write_report, resume=resume
-        )
+            config, lists, seed=options.seed, device=device, build=build_method, finish=write_report, resume=resume,
+            interruption=interruption,
+        )  # fmt: skip
         METHODS[config.method].run(session)
 
 
@@ -94,6 +97,7 @@ def prepare(config: Config, resume: str) -> Lists:
         UserError: all mistakes.
     """
     together = Together()
+    together(_check_batch, config)
     resumed = together(checkpoint.find_checkpoint, config.snapshot_dir, resume)
     lists = together(check_data if distributed.is_main() else read_lists, config)
     start = None if resumed is not None else config.trainer.start_from
@@ -105,6 +109,16 @@ def prepare(config: Config, resume: str) -> Lists:
         together(checkpoint.need_space, config.snapshot_dir, method.networks(), averages, method.extra_bytes())
     together.finish()
     return lists
+
+
+def _check_batch(config: Config) -> None:
+    """BatchNorm of ASPP's pooled branch sees one value of each channel an image."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or not config.net.sync_bn
+    if config.dataset.train.batch_size == 1 and alone:
+        raise UserError(
+            "dataset.train.batch_size: 1, but BatchNorm cannot train on one image; take 2 or more, or net.sync_bn on "
+            "several processes"
+        )
 
 
 def report(config: Config, lists: Lists, seed: int) -> None:
@@ -137,4 +151,4 @@ def write_report(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(distributed.for_summary(main))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import platform
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 _NO_MEMORY = (
     "the GPU is out of memory. trainer.amp: bf16, trainer.checkpoint_encoder: true, or a smaller "
@@ -52,15 +54,20 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        _end(str(error), error.status)
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        print(f"error: {error.filename or 'the output folder'}: cannot be written ({error.strerror})", file=sys.stderr)
-        sys.exit(UserError.status)
+        _end(f"{error.filename or 'the output folder'}: cannot be written ({error.strerror})", UserError.status)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; this file does not import torch
             raise
-        print(f"error: {_NO_MEMORY} ({str(error).splitlines()[0]})", file=sys.stderr)
-        sys.exit(UserError.status)
+        _end(f"{_NO_MEMORY} ({str(error).splitlines()[0]})", UserError.status)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """With several processes the message tells whose it is."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    who = f"rank {os.environ.get('RANK')} on {platform.node()}: " if several else ""
+    print(f"error: {who}{message}", file=sys.stderr)
+    sys.exit(status)

@@ -7,6 +7,8 @@ draw the same, any number of workers draws alike, and a resumed run continues as
 from __future__ import annotations
 
 import itertools
+import multiprocessing.util
+import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +29,7 @@ from .lists import Lists, val_root
 from .source import DataError, FileSource, Source
 
 _STREAMS = {"labeled": 0, "unlabeled": 1}
+_OF_THE_MAIN_PROCESS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}  # see engine.interrupt
 _OVERSAMPLING, _ORDER = 2, 3  # what else is drawn, as numbers beside those of the streams
 
 
@@ -165,7 +168,11 @@ class TrainingData:
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:
     """This rank's share of the validation images, every image once over all ranks, as lists of (image, label)."""
     dataset = EvaluationSet(open_source(config.dataset, val_root(config)), names[rank::world])
-    return DataLoader(dataset, config.dataset.val.batch_size, num_workers=config.dataset.workers, collate_fn=list)
+    workers = config.dataset.workers
+    return DataLoader(
+        dataset, config.dataset.val.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_single_thread,
+        multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
 
 
 def whole_images(config: Config, names: Sequence[str]) -> Iterator[Tensor]:
@@ -195,12 +202,44 @@ def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: 
         collate_fn=stacked,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        persistent_workers=False,
+        worker_init_fn=_single_thread,
+        multiprocessing_context="fork" if workers else None,
     )
 
 
+def _kill_workers() -> None:
+    """At the end of the process, which would send them SIGTERM, in vain, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def _single_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
 def _clear_errors(loader: DataLoader) -> Iterator:
-    """The loader's batches; a mistake in the data leaves a worker without the worker's traceback."""
+    """The loader's batches; a mistake in the data leaves a worker without the worker's traceback.
+
+    Workers are forked with signals blocked: a signal to the whole process group is the main process's to act on. They
+    end when it does. Blocking them in the worker would be too late, since torch installs a handler that ends it first.
+    """
+    multiprocessing.util.Finalize(None, _kill_workers, exitpriority=100)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_MAIN_PROCESS)
     try:
-        yield from loader
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield from batches
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    except RuntimeError as error:  # torch's, where the system has ended a worker
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"{str(error).split('. ')[0]}. A bus error: make /dev/shm larger (of a container: --shm-size) or set fewer "
+            "dataset.workers; killed: too little memory"
+        ) from None

@@ -22,6 +22,7 @@ from ..data.normalise import Normalise
 from ..files import replacing
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
+from .interrupt import Interrupted
 from .sliding import Predictor, Protocol, window_bands
 
 
@@ -58,6 +59,7 @@ def evaluate(
     *,
     num_classes: int,
     ignore_index: int,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, ConfusionMatrix]:
     """Confusion matrix of each network over all validation images of all ranks.
 
@@ -65,7 +67,12 @@ def evaluate(
         networks: by name; put into eval mode, and back into the mode that they were in.
         loader: this rank's images, of ``evaluation_loader``.
         normalise: uint8 images → network input.
+        stop: asked after each batch, whether to stop here.
+
+    Raises:
+        Interrupted: on all ranks, where any was to stop.
     """
+    stopped = False
     matrices = {name: ConfusionMatrix(num_classes, ignore_index, predictor.device) for name in networks}
     with evaluating(networks):
         for images, labels in evaluation_batches(loader):
@@ -73,6 +80,11 @@ def evaluate(
             for name, network in networks.items():
                 predicted = predictor(network, images)
                 matrices[name].update(predicted, labels.to(predicted.device))
+            if stop is not None and stop():
+                stopped = True
+                break
+    if stop is not None and distributed.any_rank(stopped, predictor.device):
+        raise Interrupted("in an evaluation")
     for matrix in matrices.values():
         distributed.sum_over_ranks(matrix.counts)
     return matrices
@@ -96,9 +108,11 @@ class Evaluation:
         self.normalise = Normalise(config.dataset.mean, config.dataset.std, device)
         self.loader = evaluation_loader(config, lists.val, distributed.rank(), distributed.world_size())
 
-    def __call__(self, networks: dict[str, nn.Module]) -> dict[str, ConfusionMatrix]:
+    def __call__(
+        self, networks: dict[str, nn.Module], stop: Callable[[], bool] | None = None
+    ) -> dict[str, ConfusionMatrix]:
         labels = {"num_classes": self.config.net.num_classes, "ignore_index": self.config.dataset.ignore_label}
-        return evaluate(networks, self.loader, self.normalise, self.predictor, **labels)
+        return evaluate(networks, self.loader, self.normalise, self.predictor, **labels, stop=stop)
 
 
 def figures(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import resource
 from collections import Counter
 from collections.abc import Collection
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ..schema import Config
 from . import checkpoint, precision, provenance
 from .evaluate import Evaluation
 from .health import Health
-from .interrupt import Interrupted, interruptible
+from .interrupt import Interrupted, Interruption
 from .log import RunLog
 from .meter import Clock, Meter
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
@@ -48,6 +49,7 @@ def fit(
     *,
     seed: int,
     device: torch.device,
+    interruption: Interruption,
     resumed_from: Path | None = None,
     momentum: tuple[Path, str] | None = None,
     keep: Collection[int] = (),
@@ -56,6 +58,7 @@ def fit(
 
     Args:
         method: on ``device``, with the weights to start with.
+        interruption: whether to stop.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
         momentum: a checkpoint of another method and the network whose momentum is taken from there.
         keep: numbers of epochs, from 1, after which the trained networks are saved to stay (``checkpoint.kept``).
@@ -75,8 +78,8 @@ def fit(
     meter = Meter(catalog_of(config.dataset).class_names)
     description = provenance.describe(config, lists, seed, world)
     scaler = precision.make_scaler(config.trainer, device)
-    run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description)
-    with interruptible() as run.interruption, contextlib.ExitStack() as stack:
+    run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description, interruption)
+    with contextlib.ExitStack() as stack:
         _run_all(run, resumed_from, keep, stack)
 
 
@@ -85,6 +88,8 @@ def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: 
     config, method, data, world = run.config, run.method, run.data, distributed.world_size()
     if resumed_from is not None:
         resume(run, resumed_from)
+    source = "none" if resumed_from is None else resumed_from.name
+    distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
     run_log = stack.enter_context(
         contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch, map(column, method.scored())))
@@ -101,9 +106,14 @@ def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: 
     stack.enter_context(bar)
     matrices: dict[str, ConfusionMatrix] = {}
     for epoch in range(run.epoch, epochs):
+        evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
         try:
             with precision.tuned_kernels():
                 row = _train_epoch(run, wrapped, run_log, bar, epoch)
+            if evaluates:  # a run that is stopped here has done all updates of the epoch, and not yet its end
+                bar.clear()
+                distributed.same_buffers(method)
+                matrices = evaluation(method.scored(), partial(run.interruption.asked, (epoch + 1) * len(data)))
         except DataError:
             if world == 1:  # elsewhere the other ranks wait in the middle of an update
                 save(run, False)
@@ -111,12 +121,8 @@ def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: 
         except Interrupted:
             save(run, False)
             raise
-        evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
         run.begin_epoch(epoch + 1)
         if evaluates:
-            bar.clear()
-            distributed.same_buffers(method)
-            matrices = evaluation(method.scored())
             results, improved = _note_results(run, matrices, epoch)
             row |= results
         # Rows come before the checkpoint: a run that is cut off between the two drops them when it resumes.
@@ -145,9 +151,11 @@ def _announce(run: Run, run_log: RunLog) -> None:
     config, lists, world = run.config, run.lists, distributed.world_size()
     if distributed.is_main():
         provenance.record(config, run.description)
-    if run.epoch == 0:
-        for remark in explain_batch(config, world):
+    for remark in explain_batch(config, world):
+        if run.epoch == 0:
             run_log.warn(0, remark)
+        else:  # it may be on other processes than before
+            log.warning("%s", remark)
     log.info(describe_lists(lists.labeled, lists.unlabeled, lists.val))
     log.info("%s, %s", provenance.in_numbers(config, lists, len(run.data), world), run.device)
 
@@ -159,7 +167,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
     log_every = max(10, length // _LOGS_PER_EPOCH)
     replaced: Counter[str] = Counter()
     method.train()
-    clock = Clock()
+    clock, pace = Clock(), distributed.Pace(run.device)
     updates = clock.waits(run.data.epoch(epoch, method.needs_unlabeled(epoch), run.step))
     for step, batches in enumerate(updates, run.step):
         iteration = epoch * length + step
@@ -169,6 +177,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
                 log.warning("replaced by another sample: %s", problem)
             replaced[problem] += 1
         run.meter.add(_update(run, wrapped, normalise, batches, iteration))
+        pace()
         run.step = step + 1
         bar.update()
         logs = (iteration + 1) % log_every == 0
@@ -183,8 +192,8 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
             if run.save_due() and step + 1 < length:
                 save(run, False)
     run.stop_if_asked((epoch + 1) * length)
-    if replaced:
-        log.warning("epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, replaced.total())
+    if config.dataset.on_error == "skip":
+        _report_replaced(distributed.gather(replaced), epoch)
     write_scores(run, run_log, epoch)
     return run.meter.means() | _surroundings(run, clock)
 
@@ -244,3 +253,13 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     others = [name for name in results if name != selecting] or [selecting]
     columns |= {column(name).replace("miou_", "best-"): run.best[name] for name in others}
     return columns, results[selecting] > before[selecting]
+
+
+def _report_replaced(replaced: list[Counter[str]], epoch: int) -> None:
+    """Of all ranks; each has named its own, but the log is rank 0's."""
+    for problem in dict.fromkeys(problem for each in replaced[1:] for problem in each):
+        if problem not in replaced[0]:
+            log.warning("replaced by another sample: %s", problem)
+    if any(replaced):
+        count = sum(each.total() for each in replaced)
+        log.warning("epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, count)

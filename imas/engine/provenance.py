@@ -9,6 +9,7 @@ import sys
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -52,6 +53,21 @@ def in_numbers(config: Config, lists: Lists, iterations: int, world: int) -> str
     images = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} validation images"
     batch = f"batch {config.dataset.train.batch_size} on {world} process(es)"
     return f"{images}; {config.trainer.epochs} epochs of {iterations} iterations, {batch}"
+
+
+def identity(config: Config, lists: Lists, seed: int) -> dict[str, str]:
+    """What makes ranks one run, as text by name: seed, folder, commit, versions, lists, and every key of the recipe."""
+    texts = {"seed": seed, "run folder": config.folder.resolve(), "commit": git_commit()}
+    texts |= {name: version(name) for name in PACKAGES}
+    texts |= {f"{name} list": f"{len(names)} images, {digest(names)[:12]}" for name, names in vars(lists).items()}
+    return {name: str(text) for name, text in (texts | _dotted(config.to_dict())).items()}
+
+
+def _dotted(section: dict, prefix: str = "") -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for name, value in section.items():
+        keys |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return keys
 
 
 def record(config: Config, description: dict) -> None:

@@ -15,12 +15,12 @@ from .. import distributed
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
-from ..errors import UserError
 from ..methods.base import Labeled, Method, Progress, Unlabeled
 from ..schema import Config
 from . import checkpoint
 from .interrupt import Interrupted, Interruption
 from .meter import Meter
+from .optim import total_batch
 
 log = logging.getLogger("imas")
 
@@ -39,12 +39,12 @@ class Run:
     scaler: torch.amp.GradScaler
     meter: Meter  # of the epoch
     description: dict  # what, with what, on what: see ``provenance``
+    interruption: Interruption  # whether to stop
     epoch: int = 0  # epochs done
     step: int = 0  # updates done in the epoch after these
     best: dict[str, float] | None = None  # best mIoU in percent of each network
     rates: dict[str, float] = field(default_factory=dict)  # what the method's last update gave for the log
     scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
-    interruption: Interruption = field(default_factory=Interruption)
     saved: float = field(default_factory=time.monotonic)  # time of the last checkpoint
 
     def progress(self, iteration: int, batch: int = 0) -> Progress:
@@ -63,10 +63,7 @@ class Run:
     def stop_if_asked(self, iteration: int) -> None:
         """Raise ``Interrupted`` where this iteration is not to begin."""
         if self.interruption.stops_before(iteration):
-            raise Interrupted(
-                f"stopped before iteration {iteration} (epoch {self.epoch}) and saved; the same command with "
-                "--resume auto goes on from there"
-            )
+            raise Interrupted(f"before iteration {iteration} (epoch {self.epoch})")
 
     def pictures_due(self) -> bool:
         """Whether the epochs done end with pictures (``saver.pictures_every``)."""
@@ -120,26 +117,32 @@ def resume(run: Run, path: Path) -> None:
     """Set a run to the state of a checkpoint.
 
     Raises:
-        UserError: it cannot be used, or is from within an epoch of another shape.
+        UserError: it cannot be used.
     """
     found = checkpoint.resume(path, run.method, run.optimizer, run.seed)
     world, length = distributed.world_size(), len(run.data)
-    if found.step and (found.world, found.length) != (world, length):
-        raise UserError(
-            f"that checkpoint is from an epoch of {found.length} iterations on {found.world} process(es), "
-            f"this run has {length} on {world}. Continue it as it was, or from the end of an epoch"
-        )
-    if found.epoch and found.world != world:
+    step = found.step
+    if step and (found.world, found.length) != (world, length):
+        # Images are dealt to the ranks in turn: those of the updates done are the first of the epoch's order.
+        seen, batch = step * found.batch, total_batch(run.config, world)
+        step = min(seen // batch, length)
+        log.warning(
+            "%s: is from within an epoch of %d updates of %d images; of the %d images seen the last %d are seen again, "
+            "and update %d of %d comes next",
+            path, found.length, found.batch, seen, max(seen - step * batch, 0), step + 1, length,
+        )  # fmt: skip
+    if (found.epoch or found.step) and found.world != world:
         log.warning(
             "the run was on %d process(es) until now and goes on with %d: it is no longer bitwise the same run",
             found.world, world,
         )  # fmt: skip
-    run.epoch, run.step, run.best, run.rates = found.epoch, found.step, found.best, found.rates or {}
+    run.epoch, run.step, run.best, run.rates = found.epoch, step, found.best, found.rates or {}
     if found.scaler:
         run.scaler.load_state_dict(found.scaler)
     if found.partial is not None:
         run.meter.read = found.partial["metrics"]
-        mine = found.partial["scores"][distributed.rank()]
+        scores = found.partial["scores"] if found.world == world else [sum(found.partial["scores"], [])]
+        mine = scores[distributed.rank()] if distributed.rank() < len(scores) else []
         run.scores = [(index.to(run.device), score.to(run.device)) for index, score in mine]
 
 
