@@ -211,6 +211,9 @@ def _check_classes(config: Config, reader: Reader) -> None:
 
 
 def _check_method(config: Config, reader: Reader) -> None:
+    if config.net.embedding is not None and not METHODS[config.method].trains_embedding:
+        trained = ", ".join(name for name, method in METHODS.items() if method.trains_embedding)
+        reader.error("net.embedding", f"{config.method} does not train it: leave the key out (it is for {trained})")
     for key, problem in METHODS[config.method].check(config).items():
         reader.error(key, problem)
 

@@ -245,6 +245,7 @@ class Net:
     encoder: Encoder = option()
     decoder: Decoder = option(Decoder)
     aux_loss: AuxLoss | None = None
+    embedding: int | None = option(None, check=AT_LEAST_ONE)  # width of a representation of each pixel, for U2PL
     sync_bn: bool = False
 
 

@@ -188,6 +188,7 @@ OLD_PASCAL_TODAY = {
     "net": {
         "num_classes": 21,
         "sync_bn": True,
+        "embedding": None,
         "aux_loss": {"aux_plane": 1024, "loss_weight": 0.3},
         "encoder": {
             "type": "resnet50",
@@ -643,7 +644,7 @@ WRONG_VALUES = {
     "tiny shapes": ("shapes", {"dataset.shapes.size": 8}, "dataset.shapes.size", "at least 32"),
     # former keys with values that they could not have
     "fpn off": ("old", {"net.encoder.kwargs.fpn": False}, "net.encoder.kwargs.fpn", "only True"),
-    "rep_head on": ("old", {"net.decoder.kwargs.rep_head": True}, "net.decoder.kwargs.rep_head", "only False"),
+    "rep_head on": ("old", {"net.decoder.kwargs.rep_head": True}, "net.decoder.kwargs.rep_head", "does not train it"),
     "class weights": ("old", {"criterion.kwargs.use_weight": True}, "criterion.kwargs.use_weight", "only False"),
     "former flag with a text": (
         "old", {"trainer.unsupervised.flag_ema_pseudo": "yep"}, "trainer.unsupervised.flag_ema_pseudo", "true or false",

@@ -26,6 +26,8 @@ def config(request: pytest.FixtureRequest, experiment: Callable[..., Path]) -> P
     dataset = TINY["dataset"] | {"train": TINY["dataset"]["train"] | {"epoch_size": 16}}
     path = experiment()
     others = {key: value for key, value in TINY.items() if key != "imas"}
+    if METHODS[name].trains_embedding:
+        others["net"] = others["net"] | {"embedding": 8}
     path.write_text(yaml.safe_dump(others | {"dataset": dataset, name: section}))
     return path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,13 +40,10 @@ class Geometry(NamedTuple):
 
 
 class _AugmentedSet(Dataset):
-    """Views of images of a training list.
+    """Views of images of a training list, with ``strong`` strong views of each crop, of the kind ``strong_aug``.
 
-    Args:
-        strong: strong views of each crop.
-        strong_aug: of what kind they are; not read where there are none.
-        skip: put another sample in the place of a broken one, with a message as ``skipped`` (else an empty text).
-        labels: where pseudo labels of unlabeled images come from (``labels.open_labels``).
+    ``skip`` puts another sample in the place of a broken one, with a message as ``skipped`` (else an empty text).
+    ``labels`` gives pseudo labels of unlabeled images (``labels.open_labels``).
     """
 
     def __init__(
@@ -149,17 +146,12 @@ def stacked(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Samples as a batch. Images stay in Pillow's order of bytes, (H, W, 3), though their shape is (B, 3, H, W): to put
     them into another costs a worker more than all else that it does with a crop.
     """
-    rows = [{name: _each(_rows, value) for name, value in sample.items()} for sample in samples]
-    return {name: _each(_images, value) for name, value in default_collate(rows).items()}
+    rows = [{name: _permuted(value, 1, 2, 0) for name, value in sample.items()} for sample in samples]
+    return {name: _permuted(value, 0, 3, 1, 2) for name, value in default_collate(rows).items()}
 
 
-def _each(change: Callable[[Any], Any], value: Any) -> Any:
-    return [change(each) for each in value] if isinstance(value, list) else change(value)
-
-
-def _rows(value: Any) -> Any:
-    return value.permute(1, 2, 0) if isinstance(value, Tensor) and value.dim() == 3 else value
-
-
-def _images(value: Any) -> Any:
-    return value.permute(0, 3, 1, 2) if isinstance(value, Tensor) and value.dim() == 4 else value
+def _permuted(value: Any, *order: int) -> Any:
+    """A tensor of as many axes, or each of a list, with its axes in that order; all else as it is."""
+    if isinstance(value, list):
+        return [_permuted(each, *order) for each in value]
+    return value.permute(order) if isinstance(value, Tensor) and value.dim() == len(order) else value

@@ -50,10 +50,11 @@ def save(state: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({reason}). The last good checkpoint stays as it was") from None
 
 
-def need_space(folder: Path, networks: dict[str, nn.Module], averages: int) -> None:
+def need_space(folder: Path, networks: dict[str, nn.Module], averages: int, extra: int = 0) -> None:
     """See that the checkpoints of a run will fit on the disk.
 
     Args:
+        extra: bytes of ``Method.extra_bytes``.
         averages: running averages that the optimiser keeps of every trained parameter.
 
     Raises:
@@ -61,7 +62,7 @@ def need_space(folder: Path, networks: dict[str, nn.Module], averages: int) -> N
     """
     tensors = [tensor for network in networks.values() for tensor in network.state_dict().values()]
     trained = [weight for network in networks.values() for weight in network.parameters() if weight.requires_grad]
-    size = sum(tensor.nbytes for tensor in tensors) + averages * sum(weight.nbytes for weight in trained)
+    size = extra + sum(tensor.nbytes for tensor in tensors) + averages * sum(weight.nbytes for weight in trained)
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     if free < _FILES * size:
@@ -105,7 +106,7 @@ def state_key(name: str) -> str:
 def network_names(state: dict[str, Any]) -> list[str]:
     """The networks whose states a checkpoint's dict holds."""
     names = {key: name for name, key in STATE_KEYS.items()}
-    keys = [key for key in state if key.endswith("_state") and key not in _OTHER_STATES and state[key]]
+    keys = [key for key in state if key.endswith("_state") and key not in _OTHER_STATES and state[key] is not None]
     return [names.get(key, key.removesuffix("_state")) for key in keys]
 
 
