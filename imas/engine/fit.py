@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
+from collections import Counter
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from .evaluate import Evaluation
 from .health import Health
 from .interrupt import Interrupted, interruptible
 from .log import RunLog
-from .meter import Clock, Meter, peak_memory
+from .meter import Clock, Meter
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
 from .run import Run, resume, save, to_device
 from .show import report, show_progress, write_scores
@@ -53,7 +56,6 @@ def fit(
 
     Args:
         method: on ``device``, with the weights to start with.
-        seed: with the configuration and the number of processes it determines the run.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
         momentum: a checkpoint of another method and the network whose momentum is taken from there.
         keep: numbers of epochs, from 1, after which the trained networks are saved to stay (``checkpoint.kept``).
@@ -147,11 +149,7 @@ def _announce(run: Run, run_log: RunLog) -> None:
         for remark in explain_batch(config, world):
             run_log.warn(0, remark)
     log.info(describe_lists(lists.labeled, lists.unlabeled, lists.val))
-    log.info(
-        "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations, batch %d on %d process(es), %s",
-        len(lists.labeled), len(lists.unlabeled), len(lists.val), config.trainer.epochs, len(run.data),
-        config.dataset.train.batch_size, world, run.device,
-    )  # fmt: skip
+    log.info("%s, %s", provenance.in_numbers(config, lists, len(run.data), world), run.device)
 
 
 def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:
@@ -159,15 +157,17 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
     config, method, length = run.config, run.method, len(run.data)
     normalise = Normalise(config.dataset.mean, config.dataset.std, run.device)
     log_every = max(10, length // _LOGS_PER_EPOCH)
-    replaced: dict[str, int] = {}
+    replaced: Counter[str] = Counter()
     method.train()
     clock = Clock()
     updates = clock.waits(run.data.epoch(epoch, method.needs_unlabeled(epoch), run.step))
     for step, batches in enumerate(updates, run.step):
         iteration = epoch * length + step
         run.stop_if_asked(iteration)
-        for batch in batches:
-            _count(batch["skipped"], replaced)
+        for problem in filter(None, chain(*(batch["skipped"] for batch in batches))):
+            if problem not in replaced:
+                log.warning("replaced by another sample: %s", problem)
+            replaced[problem] += 1
         run.meter.add(_update(run, wrapped, normalise, batches, iteration))
         run.step = step + 1
         bar.update()
@@ -184,9 +184,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
                 save(run, False)
     run.stop_if_asked((epoch + 1) * length)
     if replaced:
-        log.warning(
-            "epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, sum(replaced.values())
-        )
+        log.warning("epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, replaced.total())
     write_scores(run, run_log, epoch)
     return run.meter.means() | _surroundings(run, clock)
 
@@ -213,13 +211,17 @@ def _update(
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.rates = run.method.after_step(progress)
-    return _means(outputs)
+    return {name: sum(scalars[name] for scalars in outputs) / len(outputs) for name in outputs[0]}
 
 
 def _surroundings(run: Run, clock: Clock) -> dict[str, float]:
     """The log's numbers beside the method's scalars. A run that was interrupted knows only its last stretch's time."""
     lrs = {f"lr_{group['part']}": group["lr"] for group in run.optimizer.param_groups}
-    return run.rates | lrs | clock.means() | {"memory_mib": peak_memory(run.device)}
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.device) // 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # of the process
+    return run.rates | lrs | clock.means() | {"memory_mib": peak}
 
 
 def column(name: str) -> str:
@@ -242,17 +244,3 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     others = [name for name in results if name != selecting] or [selecting]
     columns |= {column(name).replace("miou_", "best-"): run.best[name] for name in others}
     return columns, results[selecting] > before[selecting]
-
-
-def _means(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    if len(scalars) == 1:
-        return scalars[0]
-    return {name: torch.stack([each[name] for each in scalars]).mean(0) for name in scalars[0]}
-
-
-def _count(skipped: list[str], replaced: dict[str, int]) -> None:
-    """Note broken images; each is named once."""
-    for problem in filter(None, skipped):
-        if problem not in replaced:
-            log.warning("replaced by another sample: %s", problem)
-        replaced[problem] = replaced.get(problem, 0) + 1
