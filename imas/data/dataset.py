@@ -43,6 +43,7 @@ class _AugmentedSet(Dataset):
     """Views of images of a training list, with ``strong`` strong views of each crop, of the kind ``strong_aug``.
 
     ``skip`` puts another sample in the place of a broken one, with a message as ``skipped`` (else an empty text).
+    ``labels`` gives pseudo labels of unlabeled images (``labels.open_labels``).
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class _AugmentedSet(Dataset):
         strong: int = 0,
         strong_aug: StrongAug | None = None,
         skip: bool = False,
+        labels: Source | None = None,
     ) -> None:
-        self.source, self.names, self.geometry, self.skip = source, names, geometry, skip
+        self.source, self.names, self.geometry, self.skip, self.labels = source, names, geometry, skip, labels
         self.strong, self.strong_aug = strong, strong_aug
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
@@ -93,16 +95,8 @@ class LabeledSet(_AugmentedSet):
 class UnlabeledSet(_AugmentedSet):
     """Unlabeled images, whose masks are never read: a dict of ``weak`` (3, H, W) uint8, ``strong``, a list of views of
     the same crop with its colours changed, ``real`` (height, width) at top left that is no padding, and ``index``; with
-    pseudo labels ``label`` (H, W) uint8.
-
-    Args:
-        labels: of the pseudo labels (``labels.open_labels``). Where ``strong_aug.cutout`` puts noise into a strong
-            view, the label is the ignore label.
+    pseudo labels ``label`` (H, W) uint8, which is the ignore label where ``strong_aug.cutout`` puts noise into a view.
     """
-
-    def __init__(self, *arguments: Any, labels: Source | None = None, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.labels = labels
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         name = self.names[index]

@@ -129,8 +129,7 @@ class TrainingData:
         self.labeled = _loader(labeled, self.labeled_sampler, workers)
         self.unlabeled = None
         if pool:
-            views = (wants.strong, strong_aug, skip)
-            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, *views, labels=labels)
+            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, strong_aug, skip, labels)
             self.unlabeled_sampler = EpochSampler(
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )
