@@ -20,6 +20,7 @@ from ..data.source import DataError
 from ..data.splits import describe_lists
 from ..legacy import COLUMNS
 from ..methods.base import Method
+from ..models.sync_bn import synchronise
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from . import checkpoint, precision, provenance
@@ -80,6 +81,8 @@ def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -
     config, method, data, world = run.config, run.method, run.data, distributed.world_size()
     if resumed_from is not None:
         resume(run, resumed_from)
+    if config.net.sync_bn:
+        synchronise(method)
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
     run_log = stack.enter_context(
         contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch, map(column, method.scored())))
