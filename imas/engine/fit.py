@@ -25,6 +25,7 @@ from ..data.source import DataError
 from ..data.splits import describe_lists
 from ..legacy import COLUMNS
 from ..methods.base import Method
+from ..models.sync_bn import synchronise
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from . import checkpoint, precision, provenance
@@ -90,6 +91,8 @@ def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: 
         resume(run, resumed_from)
     source = "none" if resumed_from is None else resumed_from.name
     distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
+    if config.net.sync_bn:
+        synchronise(method)
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
     run_log = stack.enter_context(
         contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch, map(column, method.scored())))
