@@ -176,11 +176,17 @@ class TrainingData:
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:
     """This rank's share of the validation images, every image once over all ranks, as lists of (image, label)."""
     dataset = EvaluationSet(open_source(config.dataset, val_root(config)), names[rank::world])
-    return DataLoader(dataset, config.dataset.val.batch_size, num_workers=config.dataset.workers, collate_fn=list)
+    return DataLoader(
+        dataset,
+        config.dataset.val.batch_size,
+        num_workers=config.dataset.workers,
+        collate_fn=list,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, 3, H, W) uint8 and (B, H, W) int64: the loader's lists, stacked where sizes are equal."""
+    """(B, 3, H, W) and (B, H, W), both uint8: the loader's lists, stacked where sizes are equal."""
     for samples in _clear_errors(loader):
         by_size: dict[torch.Size, list] = {}
         for image, label in samples:

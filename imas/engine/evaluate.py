@@ -66,10 +66,10 @@ def evaluate(
     matrices = {name: ConfusionMatrix(num_classes, ignore_index, device) for name in networks}
     with evaluating(networks):
         for images, labels in evaluation_batches(loader):
-            images = normalise(images.to(device))
+            images = normalise(images.to(device, non_blocking=True))
             for name, network in networks.items():
                 predicted = predictor(network, images)
-                matrices[name].update(predicted, labels.to(predicted.device))
+                matrices[name].update(predicted, labels.to(predicted.device, non_blocking=True))
     for matrix in matrices.values():
         distributed.sum_over_ranks(matrix.counts)
     return matrices

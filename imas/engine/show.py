@@ -102,7 +102,8 @@ def _look(run: Run, evaluation: Evaluation, scores: dict[str, tuple[int, float]]
         log.warning("no pictures of training images: %s", error)
         return None
     labeled, unlabeled = to_device(batch, evaluation.normalise, run.device)
-    with evaluating({"method": method}):
+    # Not compiled: batches of other sizes would be compiled anew, while the other ranks wait.
+    with evaluating({"method": method}), torch.compiler.set_stance("force_eager"):
         columns = method.look(labeled, unlabeled, progress)
     shown = list(captions) if unlabeled is None else unlabeled.index.tolist()
     texts = [captions.get(i, "in the place of a broken image") for i in shown]
