@@ -170,7 +170,7 @@ def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -
     workers = config.dataset.workers
     return DataLoader(
         dataset, config.dataset.val.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_single_thread,
-        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _pixels(source: Source, name: str) -> Tensor:
 
 
 def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, 3, H, W) uint8 and (B, H, W) int64: the loader's lists, stacked where sizes are equal."""
+    """(B, 3, H, W) and (B, H, W), both uint8: the loader's lists, stacked where sizes are equal."""
     for samples in _clear_errors(loader):
         by_size: dict[torch.Size, list] = {}
         for image, label in samples:

@@ -199,8 +199,8 @@ def toggled_boxes(
     position: Tensor,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The ``share_boxes``, each of which toggles what it covers: an overlap of two is outside again (CPS).
-    mask). (B, H, W) bool.
+    """The ``share_boxes``, each of which toggles what it covers: an overlap of two is outside again (CPS). (B, H, W)
+    bool.
     """
     return reduce(torch.logical_xor, share_boxes(height, width, share, exponent, position, device).unbind(1))
 
