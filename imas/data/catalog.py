@@ -28,7 +28,8 @@ class Catalog:
         decode: (mask's path, image as stored, ignore index) → (H, W) uint8 labels. None: pixels are class numbers.
         drawn: where images and masks come from instead of ``files``.
         side: of all images in pixels, where it is known beforehand.
-        find: (lists that are given, names of those to find) → lists. None: the configuration must name every list.
+        find: (lists that are given, names of those to find) → lists, and what is said of which other files. None: the
+            configuration must name every list.
         folder_lists: what its folder says about lists: "train" and "val", and "pool", all training images. The
             value is a list file or a pattern of files. Empty for a set without published lists.
         head_lr_times: default of ``trainer.optimizer.head_lr_times``.
@@ -42,7 +43,7 @@ class Catalog:
     decode: Callable[[Path, Image.Image, int], np.ndarray] | None = None
     drawn: Source | None = None
     side: int | None = None
-    find: Callable[[Mapping[str, list[str]], list[str]], dict[str, list[str]]] | None = None
+    find: Callable[[Mapping[str, list[str]], list[str]], tuple[dict, dict[str, tuple[str, ...]]]] | None = None
     folder_lists: Mapping[str, str] = field(default_factory=dict)
     head_lr_times: float = 1.0
     test_ids: tuple[int, ...] | None = None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +20,14 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..schema import Config
 from .catalog import catalog_of, open_source
-from .dataset import read_pair
+from .dataset import need_same_size
+from .folder import IMAGES
 from .lists import Lists, read_lists, val_root
-from .source import DataError, Source
+from .source import DataError, Source, upright_size
 
 log = logging.getLogger("imas")
-_SHOWN = 10  # files named in a message
+SHOWN = 10  # files named in a message
+_COMPARED = 4096  # bytes in the middle of a file, before all of them are compared
 _THREADS = 8
 _FAR = 0.1  # a mean or deviation, in units of 0..1, that differs more from the configured one is worth a line
 _EVERY = 4  # pixels between those whose mean and deviation are measured
@@ -43,20 +49,22 @@ class Finding(NamedTuple):
 
 @dataclass
 class Health:
-    """The findings of ``examine``, and its table of lists and classes."""
+    """What ``examine`` found: findings, the table of lists and classes, and how many files were looked at."""
 
     findings: list[Finding] = field(default_factory=list)
     table: str = ""
+    looked: str = ""
 
     @property
     def wrong(self) -> bool:
         return any(finding.wrong for finding in self.findings)
 
-    def lines(self) -> list[str]:
-        """The findings in words, what is wrong first."""
+    def lines(self, shown: int = SHOWN) -> list[str]:
+        """The findings in words, what is wrong first, each with the first of its files; then what was looked at."""
         ordered = sorted(self.findings, key=lambda finding: not finding.wrong)
         heads = (f"{'WRONG' if finding.wrong else 'note '}  {finding.text}" for finding in ordered)
-        return ["\n".join([head, *_some(finding.files)]) for head, finding in zip(heads, ordered)]
+        lines = ["\n".join([head, *_some(finding.files, shown)]) for head, finding in zip(heads, ordered)]
+        return [*lines, self.looked]
 
 
 class Look(NamedTuple):
@@ -70,28 +78,32 @@ class Look(NamedTuple):
 
 
 def check_data(config: Config, training: bool = True) -> Lists:
-    """Before every run: read the lists, find every file, and read every mask once. Unlabeled images need no mask.
+    """Before every run: read the lists, find every file, read every mask once, and the validation images. Of a labeled
+    image the size alone is read; an unlabeled one needs no mask, and has to be there.
 
     Args:
         training: False looks at the validation images alone.
 
     Raises:
-        UserError: lists or files that are missing, masks with values that are no class. With ``dataset.on_error: skip``
-            files of training images are warned of instead.
+        UserError: lists or files that are missing, files that cannot be used. With ``dataset.on_error: skip`` files of
+            training images are warned of instead.
     """
     lists = read_lists(config, training)
-    if training and (text := _other_count(config, lists)):
-        log.warning("%s; the list counts", text)
+    looks = {} if catalog_of(config.dataset).files is None else _looks(config, lists, {"labeled": "size", "val": "all"})
     wrong = []
-    for list_name, looks in _looks(config, lists, with_images=False).items():
-        problems = [problem for look in looks for problem in look.problems]
+    for list_name, seen in looks.items():
+        problems = [problem for look in seen for problem in look.problems]
         if not problems:
             continue
-        text = "\n".join([f"{len(problems)} files of the {list_name} images cannot be used:", *_some(problems)])
+        hint = _meant(config, list_name, next(look.name for look in seen if look.problems))
+        text = f"{len(problems)} files of the {list_name} images cannot be used:"
+        text = "\n".join([text, *_some(problems), *([f"  {hint}"] if hint else [])])
         if list_name == "val" or config.dataset.on_error == "stop":
             wrong.append(text)
         else:
             log.warning("%s\nOther samples will take their place (dataset.on_error: skip)", text)
+    for finding in _of_lists(config, lists) if training else ():
+        log.warning("%s", "\n".join([finding.text, *_some(finding.files)]))
     if wrong:
         raise UserError("\n".join(wrong))
     return lists
@@ -104,26 +116,39 @@ def examine(config: Config, lists: Lists, *, workers: int = _THREADS, limit: int
         workers: threads that read.
         limit: images of each list at most, evenly spread; None reads all.
     """
-    looks, findings = _looks(config, lists, True, workers, limit), []
+    everything = dict.fromkeys(lists.by_name(), "all")
+    looks, findings = _looks(config, lists, everything, workers, limit), []
     for list_name, seen in looks.items():
         if problems := tuple(problem for look in seen for problem in look.problems):
-            broken = sum(bool(look.problems) for look in seen)
-            text = f"{broken} of the {len(seen)} {list_name} images cannot be used:"
+            broken = [look.name for look in seen if look.problems]
+            hint = _meant(config, list_name, broken[0])
+            text = f"{len(broken)} of the {len(seen)} {list_name} images cannot be used{f' ({hint})' if hint else ''}:"
             findings.append(Finding(True, text, problems))
     findings += [*_of_lists(config, lists), *_of_classes(config, looks), *_of_pictures(config, looks)]
-    return Health(findings, _table(config, lists, looks))
+    return Health(findings, _table(config, lists, looks), _counted(lists, looks))
+
+
+def _counted(lists: Lists, looks: dict[str, list[Look]]) -> str:
+    """How many files were looked at, and how many are used as what and left out."""
+    images, masks = (
+        sum(getattr(look, kind) is not None for seen in looks.values() for look in seen) for kind in ("size", "counts")
+    )
+    used = ", ".join(f"{len(names)} {name}" for name, names in lists.by_name().items())
+    rest = "".join(f"; {len(files)} {text}" for text, files in lists.remarks.items())
+    return f"looked at {images} images and {masks} masks; used: {used}{rest}"
 
 
 def _looks(
-    config: Config, lists: Lists, with_images: bool, workers: int = _THREADS, limit: int | None = None
+    config: Config, lists: Lists, how: dict[str, str], workers: int = _THREADS, limit: int | None = None
 ) -> dict[str, list[Look]]:
-    """The looks at each list's images, of which all or ``limit`` are read; masks are read wherever they are used."""
+    """The looks at all or ``limit`` images of each list. Masks are read wherever they are used.
+
+    Args:
+        how: list → "all" or "size", what is read of its images.
+    """
     looks = {}
-    if catalog_of(config.dataset).files is None and not with_images:
-        return looks
-    for list_name, names in vars(lists).items():
-        root = val_root(config) if list_name == "val" else config.dataset.train.data_root
-        look = partial(_look, open_source(config.dataset, root), list_name != "unlabeled", with_images)
+    for list_name, names in lists.by_name().items():
+        look = partial(_look, source_of(config, list_name), list_name != "unlabeled", how.get(list_name))
         names = names[:: 1 if limit is None else max(1, len(names) // limit)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             shown = None if names else True  # None: on a terminal
@@ -132,36 +157,49 @@ def _looks(
     return looks
 
 
-def _look(source: Source, masked: bool, with_image: bool, name: str) -> Look:
-    if missing := source.missing([name], masked):
-        return Look(name, tuple(f"{path}: no such file" for path in missing))
-    image = mask = None
+def source_of(config: Config, list_name: str) -> Source:
+    """Where the images of a list come from."""
+    return open_source(config.dataset, val_root(config) if list_name == "val" else config.dataset.train.data_root)
+
+
+def _look(source: Source, masked: bool, how: str | None, name: str) -> Look:
+    image = mask = size = None
     try:
-        if masked and with_image:
-            image, mask = read_pair(source, name)
-        elif masked:
-            mask = source.mask(name)
-        elif with_image:
+        if missing := source.missing([name], masked):
+            return Look(name, tuple(f"{path}: no such file" for path in missing))
+        mask = source.mask(name) if masked else None
+        if how == "all":
             image = source.image(name)
+            size = image.size
+        elif how == "size":
+            size = upright_size(source.paths(name)[0])
+        if size and mask:
+            need_same_size(name, size, mask.size)
     except DataError as error:
         return Look(name, (str(error),))
     counts = None if mask is None else np.array(mask.histogram())
     if image is None:
-        return Look(name, counts=counts)
+        return Look(name, (), size, counts)
     pixels = np.asarray(image)[::_EVERY, ::_EVERY].reshape(-1, 3) / 255
-    return Look(name, (), image.size, counts, np.stack([pixels.mean(0), (pixels**2).mean(0)]))
+    return Look(name, (), size, counts, np.stack([pixels.mean(0), (pixels**2).mean(0)]))
 
 
-def _other_count(config: Config, lists: Lists) -> str | None:
-    if config.dataset.n_sup in (None, len(lists.labeled)):
-        return None
-    return f"dataset.n_sup is {config.dataset.n_sup}, but the labeled list has {len(lists.labeled)} lines"
+def _meant(config: Config, list_name: str, name: str) -> str | None:
+    """What a list line that is no image of the data set may mean: lists of other projects have other lines."""
+    source, masked = source_of(config, list_name), list_name != "unlabeled"
+    path = Path(name.split()[0].replace("\\", "/"))
+    tails = [Path(*path.parts[start:]) for start in range(len(path.parts))]
+    guesses = [tail.with_suffix(suffix).as_posix() for tail in tails for suffix in (tail.suffix, *IMAGES, "")]
+    for guess in guesses if source.missing([name], masked) else ():
+        if not source.missing([guess], masked):
+            return f"a line of the list is {name!r}; expected one name a line, here {guess}"
+    return None
 
 
 def _of_lists(config: Config, lists: Lists) -> list[Finding]:
     """Duplicates, overlaps, and the count that the recipe expects."""
     findings = []
-    for list_name, names in vars(lists).items():
+    for list_name, names in lists.by_name().items():
         if repeated := tuple(name for name, count in Counter(names).items() if count > 1):
             text = f"{len(repeated)} names stand more than once in the {list_name} list:"
             findings.append(Finding(True, text, repeated))
@@ -173,8 +211,48 @@ def _of_lists(config: Config, lists: Lists) -> list[Finding]:
             text = f"{len(common)} images are both {one} and {two}"
             text += ": the evaluation sees training images:" if wrong else ":"
             findings.append(Finding(wrong, text, common))
-    text = _other_count(config, lists)
-    return [*findings, Finding(False, text)] if text else findings
+    for list_name in ("labeled", "unlabeled"):
+        if copies := _copies(config, lists, list_name):
+            text = f"{len(copies)} {list_name} images are val images under another name, the same bytes:"
+            findings.append(Finding(True, text, copies))
+    findings += [Finding(False, f"{len(files)} {text}:", files) for text, files in lists.remarks.items()]
+    if config.dataset.n_sup not in (None, len(lists.labeled)):
+        text = f"dataset.n_sup is {config.dataset.n_sup}, but the labeled list has {len(lists.labeled)} lines"
+        findings.append(Finding(False, f"{text}; the list counts"))
+    return findings
+
+
+def _copies(config: Config, lists: Lists, list_name: str) -> tuple[str, ...]:
+    """Images of a training list whose files are copies of those of validation images."""
+    sources = {name: source_of(config, name) for name in (list_name, "val")}
+    if catalog_of(config.dataset).files is None:
+        return ()
+    known: dict[tuple[int, bytes], Path] = {}
+    sizes: set[int] = set()
+    copies = []
+    for name, names in (("val", lists.val), (list_name, lists.by_name()[list_name])):
+        paths = [sources[name].paths(image)[0] for image in names]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for image, path, key in zip(
+                names, paths, pool.map(partial(_fingerprint, sizes if name != "val" else None), paths)
+            ):
+                if name == "val":
+                    known[key] = path
+                elif key in known and known[key] != path and filecmp.cmp(path, known[key], shallow=False):
+                    copies.append(f"{image} = {known[key].name}")
+        sizes |= {key[0] for key in known}
+    return tuple(copies)
+
+
+def _fingerprint(sizes: set[int] | None, path: Path) -> tuple[int, bytes]:
+    """Size and some bytes of a file; of a file whose size is not among ``sizes`` the size alone."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if sizes is None or size in sizes:
+            file.seek(size // 2)
+            return size, file.read(_COMPARED)
+        return size, b""
+    return -1, b""
 
 
 def _of_classes(config: Config, looks: dict[str, list[Look]]) -> list[Finding]:
@@ -229,7 +307,7 @@ def _counts(looks: list[Look]) -> np.ndarray | None:
 def _table(config: Config, lists: Lists, looks: dict[str, list[Look]]) -> str:
     """Images and sizes of each list; of each class, its share of the pixels and the images that show it."""
     lines = [f"{'list':12} {'images':>8} {'looked at':>10} {'smallest':>12} {'largest':>12}"]
-    for name, names in vars(lists).items():
+    for name, names in lists.by_name().items():
         sizes = sorted((look.size for look in looks[name] if look.size), key=lambda size: size[0] * size[1])
         ends = [f"{width}×{height}" for width, height in (sizes[:1] + sizes[-1:])] or ["", ""]
         lines.append(f"{name:12} {len(names):>8} {len(looks[name]):>10} {ends[0]:>12} {ends[-1]:>12}")
@@ -251,7 +329,7 @@ def _table(config: Config, lists: Lists, looks: dict[str, list[Look]]) -> str:
     return "\n".join(lines)
 
 
-def _some(items: Sequence[str]) -> list[str]:
+def _some(items: Sequence[str], shown: int = SHOWN) -> list[str]:
     """The first items as indented lines, and how many more there are."""
-    more = [f"  ... and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
-    return [*(f"  {item}" for item in items[:_SHOWN]), *more]
+    more = [f"  ... and {len(items) - shown} more"] if len(items) > shown else []
+    return [*(f"  {item}" for item in items[:shown]), *more]

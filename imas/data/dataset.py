@@ -118,11 +118,14 @@ class EvaluationSet(Dataset):
 def read_pair(source: Source, name: str) -> tuple[Image.Image, Image.Image]:
     """Image and mask of a name. DataError if they are of different sizes, or one cannot be used."""
     image, mask = source.image(name), source.mask(name)
-    if image.size != mask.size:
-        raise DataError(
-            f"{name}: the image is {image.width}×{image.height} pixels, its mask {mask.width}×{mask.height}"
-        )
+    need_same_size(name, image.size, mask.size)
     return image, mask
+
+
+def need_same_size(name: str, image: tuple[int, int], mask: tuple[int, int]) -> None:
+    """Raise ``DataError`` where an image and its mask, by (width, height), are of different sizes."""
+    if image != mask:
+        raise DataError(f"{name}: the image is {image[0]}×{image[1]} pixels, its mask {mask[0]}×{mask[1]}")
 
 
 def stacked(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import time
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from ..errors import UserError
 from ..schema import Shapes
 from . import shapes
 
 _SHAPES_VAL = 1_000_000  # validation images of the embedded set are numbered from here
+_TURNS = {  # EXIF orientation → what makes an image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ALPHA = {1, 2}  # kinds of extra bands of a TIFF (ExtraSamples)
 
 
 class Source(Protocol):
@@ -57,24 +71,91 @@ class FileSource:
 
     def image(self, name: str) -> Image.Image:
         """The RGB image of a list line: see ``read_image``."""
-        return read_image(self.files(self.root, name)[0])
+        return read_image(self.paths(name)[0])
 
     def mask(self, name: str) -> Image.Image:
         """The mask of a list line, mode L. DataError if it has values that are neither classes nor ignored."""
-        path = self.files(self.root, name)[1]
+        path = self.paths(name)[1]
         labels = self.decode(path, _opened(path))
         foreign = (labels >= self.num_classes) & (labels != self.ignore_index)
         if foreign.any():
+            values = np.unique(labels[foreign]).tolist()
+            left_out = f"; if {values[0]} means 'leave out', set dataset.ignore_label: {values[0]}"
             raise DataError(
-                f"{path}: {int(foreign.sum())} pixels have the values {_first(np.unique(labels[foreign]).tolist())}; "
-                f"expected classes 0..{self.num_classes - 1} or {self.ignore_index} (ignored)"
+                f"{path}: {int(foreign.sum())} pixels have the values {_first(values)}; expected classes "
+                f"0..{self.num_classes - 1} or {self.ignore_index} (ignored){left_out if len(values) == 1 else ''}"
             )
         return Image.fromarray(labels)
+
+    def paths(self, name: str) -> tuple[Path, Path]:
+        """Image and mask of a list line, as their names are on the disk (see ``existing``)."""
+        image, mask = self.files(self.root, name)
+        return existing(image) or image, existing(mask) or mask
 
     def missing(self, names: list[str], masks: bool) -> list[Path]:
         """Files of these list lines that do not exist."""
         paths = [path for name in names for path in self.files(self.root, name)[: 2 if masks else 1]]
-        return [path for path in paths if not path.is_file()]
+        return [path for path in paths if existing(path) is None]
+
+
+class Listing(NamedTuple):
+    """What a folder holds."""
+
+    files: list[str]
+    folders: list[str]
+    names: dict[str, str]  # by themselves, and by ``plain`` of them
+
+
+def listing(folder: Path) -> Listing:
+    """The entries of a folder, sorted; links are followed. A folder that does not change is read once.
+
+    Raises:
+        DataError: it cannot be read. FileNotFoundError, NotADirectoryError: there is none.
+    """
+    try:
+        changed = os.stat(folder).st_mtime_ns
+        settled = abs(time.time_ns() - changed) > 1_000_000_000  # a change within one tick of the clock is not seen
+        return (_listed if settled else _listed.__wrapped__)(str(folder), changed)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+
+
+@functools.cache
+def _listed(folder: str, changed: int) -> Listing:
+    with os.scandir(folder) as entries:
+        kinds = {entry.name: entry.is_dir() for entry in sorted(entries, key=lambda entry: entry.name)}
+    names = {plain(name): name for name in kinds} | {name: name for name in kinds}
+    files = [name for name, is_folder in kinds.items() if not is_folder]
+    return Listing(files, [name for name, is_folder in kinds.items() if is_folder], names)
+
+
+def plain(name: str) -> str:
+    """A name as names are compared: letters composed in one way (macOS has another), the suffix in small letters."""
+    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
+    return stem + suffix.lower()
+
+
+def existing(*paths: Path) -> Path | None:
+    """The first of some files or folders of one folder that exists, as its name is on the disk: as it is given, or one
+    that is ``plain`` the same.
+
+    Raises:
+        DataError: a folder that may not be read.
+    """
+    folder: Path | None = paths[0].parent
+    try:
+        names = listing(folder).names
+    except (FileNotFoundError, NotADirectoryError):
+        folder = None if folder == paths[0] else existing(folder)
+        if folder is None or not folder.is_dir():
+            return None
+        names = listing(folder).names
+    for path in paths:
+        if name := names.get(path.name) or names.get(plain(path.name)):
+            return folder / name
+    return None
 
 
 def read_image(path: Path) -> Image.Image:
@@ -128,9 +209,12 @@ def binary_labels(path: Path, image: Image.Image) -> np.ndarray:
         DataError: other values.
     """
     labels = index_labels(path, image)
-    values = np.unique(labels)
-    if not {0, 1, 255}.issuperset(values.tolist()):
-        raise DataError(f"{path}: dataset.folder.binary expects masks of 0 and 255, got {_first(values.tolist())}")
+    values = np.unique(labels).tolist()
+    if {1, 255}.issubset(values) or not {0, 1, 255}.issuperset(values):
+        raise DataError(
+            f"{path}: dataset.folder.binary expects masks of 0 and 255, or of 0 and 1, got {_first(values)}. Where 255 "
+            "means 'leave out' beside the classes 0 and 1, set it to false"
+        )
     return (labels > 0).astype(np.uint8)
 
 
@@ -186,14 +270,16 @@ def shapes_names(first: int, count: int) -> list[str]:
     return [f"shapes/{number:05d}" for number in range(first, first + count)]
 
 
-def shapes_lists(options: Shapes, given: Mapping[str, list[str]], wanted: list[str]) -> dict[str, list[str]]:
-    """The lists ``wanted`` of the embedded set, which share no image; ``given`` ones change nothing."""
+def shapes_lists(
+    options: Shapes, given: Mapping[str, list[str]], wanted: list[str]
+) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]]]:
+    """The lists ``wanted`` of the embedded set, which share no image; ``given`` ones change nothing. And no remark."""
     ranges = {
         "labeled": (0, options.labeled),
         "unlabeled": (options.labeled, options.unlabeled),
         "val": (_SHAPES_VAL, options.val),
     }
-    return {name: shapes_names(*ranges[name]) for name in wanted}
+    return {name: shapes_names(*ranges[name]) for name in wanted}, {}
 
 
 def _number(name: str) -> int:
@@ -203,16 +289,44 @@ def _number(name: str) -> int:
     return int(number)
 
 
-def _opened(path: Path) -> Image.Image:
-    """An image as it is stored, turned upright by its EXIF orientation."""
+def upright_size(path: Path) -> tuple[int, int]:
+    """(width, height) that an image has when it is read, by its header alone. DataError if it cannot be opened."""
+    return _opened(path, lambda image: image.size[::-1] if _orientation(image) >= 5 else image.size)
+
+
+def _opened(path: Path, use: Callable[[Image.Image], Any] | None = None) -> Any:
+    """What ``use`` makes of an image, by default the image as it is stored, turned upright by its EXIF orientation."""
     try:
         with Image.open(path) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as an image ({error})"
+            return (use or _upright)(image)
+    except Exception as error:  # a broken file makes Pillow raise almost anything
+        reason = f"cannot be read as an image ({error or type(error).__name__})"
+        if isinstance(error, OSError) and error.errno is not None:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise DataError(f"{path}: {reason}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decoded, and turned. ImageOps.exif_transpose writes the other entries anew, and fails where one of them is
+    broken.
+    """
+    image.load()
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if set(tags.get(ExifTags.Base.ExtraSamples, ())) - _ALPHA:
+        count = tags.get(ExifTags.Base.SamplesPerPixel)
+        raise ValueError(
+            f"of its {count} bands some are neither colour nor alpha; save those that you mean as grey or RGB"
+        )
+    method = _TURNS.get(_orientation(image))
+    if method is None:
+        return image
+    turned = image.transpose(method)
+    turned.format = image.format
+    return turned
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def _first(values: list, shown: int = 8) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import subprocess
 import sys
@@ -32,6 +31,7 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
         "config": str(config.path.resolve()),
         "seed": seed,
         "processes": world,
+        "threads": torch.get_num_threads(),
         "total_batch": total_batch(config, world),
         "git": git_commit(),
         "python": platform.python_version(),
@@ -41,9 +41,10 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
         "devices": distributed.gather(_device_name()),
         "lists": {
             name: {"path": paths[name] and str(paths[name]), "images": len(names), "sha256": digest(names)}
-            for name, names in dataclasses.asdict(lists).items()
+            for name, names in lists.by_name().items()
             if names
         },
+        "files": {text: len(files) for text, files in lists.remarks.items()},
     }
 
 
