@@ -35,12 +35,12 @@ from imas.data import dataset
 from imas.data.cache import CachedSource
 from imas.data.catalog import PASCAL, open_source
 from imas.data.source import Source
-from imas.schema import Dataset, TrainData
+from imas.schema import Dataset, StrongAug, TrainData
 
 from . import plain
 from .figures import in_words, spread
 
-_NUM_AUGS = 2
+_STRONG_AUG = StrongAug(num_augs=2)
 _ROUND = 3.0  # seconds, about
 _PARTS = ("decode", "resize, flip, crop", "strong view", "tensor, normalise", "batch", "all")
 
@@ -130,7 +130,7 @@ class Clock:
 def ours(source: Source, names: list[str], geometry: dataset.Geometry) -> Callable[[int], tuple[dict, dict]]:
     """Number → labeled and unlabeled sample, from the project's own data sets."""
     labeled = dataset.LabeledSet(source, names, geometry)
-    unlabeled = dataset.UnlabeledSet(source, names, geometry, _NUM_AUGS)
+    unlabeled = dataset.UnlabeledSet(source, names, geometry, 1, _STRONG_AUG)
     return lambda number: (
         labeled[dataset.Draw(number % len(names), (0, number))],
         unlabeled[dataset.Draw((number + len(names) // 2) % len(names), (1, number))],
@@ -143,7 +143,7 @@ def twin(source: plain.PlainSource, names: list[str], geometry: dataset.Geometry
     return lambda number: (
         plain.labeled(source, names[number % len(names)], geometry, generator((0, number))),
         plain.unlabeled(
-            source, names[(number + len(names) // 2) % len(names)], geometry, _NUM_AUGS, generator((1, number))
+            source, names[(number + len(names) // 2) % len(names)], geometry, _STRONG_AUG, generator((1, number))
         ),
     )
 

@@ -18,6 +18,7 @@ from imas.data import catalog
 from imas.data.dataset import Geometry
 from imas.data.strong import strong_view
 from imas.data.weak import PAD_COLOUR, resized_size
+from imas.schema import StrongAug
 
 _FILES = {"pascal": catalog.pascal_files, "cityscapes": catalog.cityscapes_files}
 _TENSOR = transforms.Compose(
@@ -53,11 +54,11 @@ def labeled(source: PlainSource, name: str, geometry: Geometry, rng: np.random.G
 
 
 def unlabeled(
-    source: PlainSource, name: str, geometry: Geometry, num_augs: int, rng: np.random.Generator
+    source: PlainSource, name: str, geometry: Geometry, strong_aug: StrongAug, rng: np.random.Generator
 ) -> dict[str, Tensor]:
     """An unlabeled sample: ``weak`` and ``strong``, (3, H, W) float32."""
     image, _ = weak_view(source.image(name), None, rng, **geometry._asdict())
-    return {"weak": _TENSOR(image), "strong": _TENSOR(strong_view(image, num_augs, rng))}
+    return {"weak": _TENSOR(image), "strong": _TENSOR(strong_view(image, strong_aug, rng))}
 
 
 def weak_view(

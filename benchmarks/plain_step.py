@@ -46,7 +46,7 @@ class PlainStep:
     def __call__(self, tensors: dict[str, Tensor], device: torch.device, decay: float, generator) -> Losses:
         """One update. ``tensors``: images, weak, strong as normalised float32; labels int64."""
         config, clock = self.config, self.clock
-        threshold, classes = config.trainer.unsupervised.threshold, config.net.num_classes
+        threshold, classes = config.options.threshold, config.net.num_classes
         with clock("data"):
             x, labels, weak, strong = (tensors[name].to(device) for name in ("images", "labels", "weak", "strong"))
         with clock("weak predictions"), torch.no_grad():
@@ -67,7 +67,7 @@ class PlainStep:
             loss_lb = self.supervised(logits[:size], None if aux is None else aux[:size], labels)
             from_mixed = consistency(logits[2 * size : 3 * size], mixed_label, mixed_confidence, threshold, score)
             from_strong = consistency(logits[3 * size :], label, confidence, threshold, score)
-            loss_ub = config.trainer.unsupervised.loss_weight * (from_mixed + from_strong) / 2
+            loss_ub = config.options.loss_weight * (from_mixed + from_strong) / 2
             loss = loss_lb + loss_ub
         with clock("backward"):
             self.optimizer.zero_grad()
@@ -86,7 +86,7 @@ class PlainStep:
     def cutmix(self, weak: Tensor, label: Tensor, confidence: Tensor, score: Tensor, generator):
         """Boxes of the partner, one image at a time. CutMix always fires: the largest step is measured."""
         torch.rand((), generator=generator)  # ours asks whether it fires
-        low, high = self.config.trainer.unsupervised.use_cutmix_range
+        low, high = self.config.options.use_cutmix_range
         side = mixing.box_side(low, high, 0.0, generator)
         batch, _, height, width = weak.shape
         boxes = mixing.cutmix_mask(batch, height, width, side, generator).to(weak.device)

@@ -69,7 +69,10 @@ def arms(out: Path, labeled: int | None, ways: list[str]) -> dict[str, tuple[Pat
     size = config.dataset.train.epoch_size or shapes.unlabeled
     return {
         "SupOnly": (SUP, count),
-        "SupOnly + strong views": (SUP, [*count, "dataset.train.strong_aug={num_augs: 2, labeled: true}"]),
+        "SupOnly + strong views": (
+            SUP,
+            [*count, "dataset.train.strong_aug={num_augs: 2}", "sup_only.strong_views=true"],
+        ),
         "control: iMAS without new images": (
             IMAS,
             [*count, f"dataset.train.unlabeled_list={listed}", f"dataset.train.epoch_size={size}"],

@@ -34,7 +34,7 @@ SHORT = {
     "dataset.train.epoch_size": 320,
     "dataset.shapes.val": 40,
     "trainer.epochs": 10,
-    "trainer.sup_only_epoch": 1,
+    "imas.sup_only_epoch": 1,
     "trainer.eval_every": 2,
     "saver.save_every": 0.02,
 }
@@ -43,7 +43,7 @@ TINY = {
     "dataset.shapes.val": 8,
     "dataset.val.crop.size": 48,
     "dataset.workers": 1,
-    "trainer.sup_only_epoch": 1,
+    "imas.sup_only_epoch": 1,
 }
 
 

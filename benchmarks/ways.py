@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data._utils.pin_memory import pin_memory as pin
 
 from imas.build import build_method
 from imas.config import load_config
 from imas.data.normalise import Normalise
 from imas.engine import precision
-from imas.engine.fit import to_device
-from imas.engine.optim import build_optimizer
+from imas.engine.optim import build_optimizer, param_groups
+from imas.engine.run import to_device
 from imas.methods.base import Progress
+from imas.models.ema import teacher_decay
 from imas.ops.resize import resize
 from imas.schema import Config
 
@@ -23,7 +25,7 @@ from .clock import Clock
 
 TWIN, FAITHFUL = "plain twin", "ours"
 ROOT = Path(__file__).parents[1] / "exps"
-_LARGEST = ("dataset.train.hardness_aware.trigger_cutmix=false", "trainer.unsupervised.use_cutmix_trigger_prob=1.0")
+_LARGEST = ("imas.hardness.trigger_cutmix=false", "imas.use_cutmix_trigger_prob=1.0")
 RECIPES = {
     "tiny": ("cityscapes_imas372_r50_os16", "dataset.train.crop.size=129", "dataset.train.batch_size=2"),
     "pascal_r50": ("pascal_imas1323_r50_os16",),
@@ -50,7 +52,7 @@ def start_weights(config: Config) -> dict[str, dict[str, Tensor]]:
     with torch.no_grad():
         for norm in norms:
             norm.momentum = 1.0  # running statistics are to be those of a batch
-        student.coarse(normalise(make_batch(config)["weak"][:2, :, :129, :129]))
+        student.coarse(normalise(make_batch(config)["unlabeled"]["weak"][:2, :, :129, :129]))
         student.decoder.classifier[-1].weight.mul_(20)
         for ours, theirs in zip(method.teacher.parameters(), student.parameters()):
             ours.copy_(theirs * (1 + 0.005 * torch.randn_like(theirs)))
@@ -59,7 +61,7 @@ def start_weights(config: Config) -> dict[str, dict[str, Tensor]]:
     return {name: network.state_dict() for name, network in method.networks().items()}
 
 
-def make_batch(config: Config) -> dict[str, Tensor]:
+def make_batch(config: Config) -> dict[str, dict]:
     """Images as the loader gives them: uint8, smooth with some noise; a tenth of the labels is to be ignored."""
     train, generator = config.dataset.train, torch.Generator().manual_seed(1)
     batch, (height, width) = train.batch_size, train.crop.size
@@ -72,13 +74,16 @@ def make_batch(config: Config) -> dict[str, Tensor]:
     labels = torch.randint(0, config.net.num_classes, (batch, height // 16 + 1, width // 16 + 1), generator=generator)
     labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :height, :width].contiguous()
     labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
-    return {"images": images(), "labels": labels.to(torch.uint8), "weak": images(), "strong": images()}
+    labeled = {"image": images(), "label": labels.to(torch.uint8), "strong": []}
+    real = torch.tensor([[height, width]] * batch)
+    unlabeled = {"weak": images(), "strong": [images()], "real": real, "index": torch.arange(batch)}
+    return {"labeled": labeled, "unlabeled": unlabeled}
 
 
 class Way:
     """One way to make the step: its networks and optimiser, and how to bring them back to the start."""
 
-    def __init__(self, name: str, config: Config, batch: dict[str, Tensor], device: torch.device, clock: Clock) -> None:
+    def __init__(self, name: str, config: Config, batch: dict[str, dict], device: torch.device, clock: Clock) -> None:
         self.name, self.config, self.device, self.clock = name, config, device, clock
         start = start_weights(config)
         method = build_method(config, pretrained=False).to(device).train()
@@ -86,37 +91,39 @@ class Way:
         normalise = Normalise(config.dataset.mean, config.dataset.std, device)
         if name == TWIN:
             on_cpu = Normalise(config.dataset.mean, config.dataset.std)
-            self.tensors = {key: value.long() if value.dim() == 3 else on_cpu(value) for key, value in batch.items()}
+            labeled, unlabeled = batch["labeled"], batch["unlabeled"]
+            images = {"images": labeled["image"], "weak": unlabeled["weak"], "strong": unlabeled["strong"][0]}
+            self.tensors = {"labels": labeled["label"].long()} | {key: on_cpu(each) for key, each in images.items()}
             plain = plain_step.PlainStep(config, method.student, method.teacher, clock)
             self.optimizer = plain.optimizer
-            decay = method.rates(self._progress())["decay"]
+            decay = teacher_decay(_EPOCH, _ITERATION, _PER_EPOCH, 0, config.options.ema_decay)
             self.step = lambda: plain(self.tensors, device, decay, self._progress().generator)
         else:
             precision.prepare(method, config.trainer, device)
-            self.optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer)
+            self.optimizer = build_optimizer(param_groups(method.trained()), config.trainer.optimizer)
             self.scaler = precision.make_scaler(config.trainer, device)
-            self.tensors = {key: value.pin_memory() if device.type == "cuda" else value for key, value in batch.items()}
+            self.tensors = pin(batch) if device.type == "cuda" else batch
             self.step = lambda: self._ours(normalise)
             student, coarse = method.student, method.student.coarse
             student.coarse = lambda images, aux=True: (
                 clock._timed("training forward", coarse, images, aux) if student.training else coarse(images, aux)
             )
             clock.put_around(method, predict_weak="weak predictions", blend="mixing", cutmix="mixing")
-            clock.put_around(method, supervised_loss="losses", consistency="losses", after_step="EMA")
+            clock.put_around(method, supervised="losses", consistency="losses", after_step="EMA")
         self.start = {name: {k: v.to(device) for k, v in state.items()} for name, state in start.items()}
 
     @staticmethod
     def _progress() -> Progress:
-        return Progress(_EPOCH, _ITERATION, _PER_EPOCH, torch.Generator().manual_seed(3))
+        return Progress(_EPOCH, 2 * _EPOCH, _ITERATION, _PER_EPOCH, torch.Generator().manual_seed(3))
 
     def _ours(self, normalise: Normalise) -> plain_step.Losses:
         """An update as ``imas.engine.fit`` makes it."""
         progress, trainer = self._progress(), self.config.trainer
         self.optimizer.zero_grad(set_to_none=True)
         with self.clock("data"):
-            batch = to_device(self.tensors, normalise, self.device)
+            labeled, unlabeled = to_device(self.tensors, normalise, self.device)
         with precision.autocast(trainer, self.device):
-            output = self.method(batch, progress)
+            output = self.method(labeled, unlabeled, progress)
         with self.clock("backward"):
             self.scaler.scale(output.loss).backward()
         with self.clock("optimiser"):

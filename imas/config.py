@@ -73,6 +73,7 @@ def _unreadable(reader: Reader) -> contextlib.suppress:
 
 def _with_todays_keys(raw: dict, words: list[tuple[str, Any]], reader: Reader) -> tuple[dict, list[str]]:
     """A raw file with today's keys, overrides included, and a remark for each key that was translated."""
+    raw, unfolded = legacy.unfolded(raw, reader)
     together = _copied(raw)
     for key, value in words:
         _override(together, key, value)
@@ -93,7 +94,7 @@ def _with_todays_keys(raw: dict, words: list[tuple[str, Any]], reader: Reader) -
         reader.overridden.add(today)
         if value is not MISSING:
             _override(raw, today, value)
-    return raw, remarks
+    return raw, unfolded + remarks
 
 
 def _override(raw: dict, key: str, value: Any) -> dict:

@@ -18,17 +18,18 @@ STATE_KEYS = {"student": "model_state", "teacher": "teacher_state"}  # in checkp
 COLUMNS = {"student": "miou_stu", "teacher": "miou_tea"}  # in metrics.csv
 
 # Former prefix or name of a value → today's. The authors' files name Python classes: only the class name counts.
-_MODULE = re.compile(r"^(imas|u2pl)\.(\w+\.)*")
+_MODULE = re.compile(r"^(augseg|imas|u2pl)\.(\w+\.)*")
 _SPELLINGS = {
     "dataset.type": {"pascal_semi": "pascal", "cityscapes_semi": "cityscapes"},
     "net.encoder.type": {},
     "net.decoder.type": {"dec_deeplabv3_plus": "deeplabv3plus"},
-    "criterion.type": {"CELoss": "ce"},
+    "criterion.type": {"CELoss": "ce", "OHEM": "ohem"},
 }
 
 # Keys that steer nothing any more → the values that they may have, None for any.
 _IGNORED_KEYS: dict[str, tuple | None] = {
     "dataset.val.crop.type": ("rand", "center"),
+    "trainer.evaluate_student": (True, False),  # both networks are evaluated
     "saver.pretrain": None,
     "criterion.kwargs.use_weight": (False,),
     "net.encoder.kwargs.fpn": (True,),
@@ -53,13 +54,70 @@ _IMAS = {
     "imas.hardness.flag_mapping_gaussian": "imas.hardness.gaussian_box",
 }
 _SUP_ONLY = {"dataset.train.strong_aug.labeled": "sup_only.strong_views"}
-_FORMER = {"imas": _IMAS, "sup_only": _SUP_ONLY}
-_VALUES: dict[str, Callable[[Any], Any]] = {"imas.hardness.flag_using_v1": {True: 1, False: 2}.__getitem__}
+_AUGSEG = {
+    "trainer.unsupervised.threshold": "augseg.threshold",
+    "trainer.unsupervised": "augseg",
+    "trainer.sup_only_epoch": "augseg.sup_only_epoch",
+    "net.ema_decay": "augseg.ema_decay",
+    "augseg.flag_extra_weak": "augseg.extra_weak",
+    "dataset.train.strong_aug.flag_use_random_num_sampling": "dataset.train.strong_aug.random_number",
+}
+_FORMER = {"augseg": _AUGSEG, "imas": _IMAS, "sup_only": _SUP_ONLY}
+_VALUES: dict[str, Callable[[Any], Any]] = {
+    "imas.hardness.flag_using_v1": {True: 1, False: 2}.__getitem__,
+    "trainer.unsupervised.threshold": lambda value: max(value, 0.0),  # AugSeg's: below 0 every pixel is kept
+}
+
+# What a section of a former file means where a key is not there: section → keys.
+_IMPLIED: dict[str, dict[str, dict[str, Any]]] = {
+    "augseg": {"dataset.train.strong_aug": {"type": "narrow_pool", "random_number": True}}
+}
+# Keys that only AugSeg's files have.
+_OF_AUGSEG = (
+    "trainer.unsupervised.use_cutmix_adaptive",
+    "trainer.unsupervised.flag_extra_weak",
+    "dataset.train.strong_aug.flag_use_random_num_sampling",
+)
+
+# UniMatch's own files, which have no sections but ``criterion``: key → today's.
+_UNIMATCH = {
+    "dataset": "dataset.type",
+    "nclass": "net.num_classes",
+    "crop_size": "dataset.train.crop.size",
+    "data_root": "dataset.train.data_root",
+    "epochs": "trainer.epochs",
+    "batch_size": "dataset.train.batch_size",
+    "lr": "trainer.optimizer.kwargs.lr",
+    "lr_multi": "trainer.optimizer.head_lr_times",
+    "criterion.name": "criterion.type",
+    "criterion.kwargs.ignore_index": "dataset.ignore_label",
+    "criterion.kwargs.thresh": "criterion.kwargs.thresh",
+    "criterion.kwargs.min_kept": "criterion.kwargs.min_kept",
+    "conf_thresh": "unimatch.threshold",
+    "backbone": "net.encoder.type",
+    "replace_stride_with_dilation": "net.encoder.kwargs.replace_stride_with_dilation",
+    "dilations": "net.decoder.kwargs.dilations",
+}
+# What is in UniMatch's code instead.
+_UNIMATCH_CODE = {
+    "dataset.train.flip": True,
+    "dataset.train.rand_resize": [0.5, 2.0],
+    "dataset.train.strong_aug": {"type": "jitter"},
+    "trainer.optimizer.kwargs.weight_decay": 1e-4,
+    "trainer.reference_batch": 8,
+    "net.sync_bn": True,
+}
 
 # Keys that former files may have although the method has no use for them.
 _IDLE = {
     "imas": ("dataset.train.strong_aug.labeled",),
-    "sup_only": ("trainer.sup_only_epoch", "net.ema_decay", "trainer.unsupervised", "dataset.train.hardness_aware"),
+    "sup_only": (
+        "trainer.sup_only_epoch",
+        "net.ema_decay",
+        "trainer.unsupervised",
+        "dataset.train.hardness_aware",
+        "dataset.train.strong_aug.flag_use_random_num_sampling",
+    ),
 }
 
 # The authors' baseline leaves out the last short batch of an epoch on Cityscapes, and trains on it on Pascal.
@@ -71,8 +129,39 @@ def method_of(raw: dict[str, Any]) -> str:
     named = raw.get("method")
     if named is not None:
         return str(named)
-    trainer = raw.get("trainer")
-    return "imas" if isinstance(trainer, dict) and trainer.get("unsupervised") is not None else "sup_only"
+    if get(raw, "trainer.unsupervised") in (MISSING, None):
+        return "sup_only"
+    types = (str(get(raw, key)) for key in _SPELLINGS)
+    own = any(get(raw, key) is not MISSING for key in _OF_AUGSEG) or any(type_.startswith("augseg.") for type_ in types)
+    return "augseg" if own else "imas"
+
+
+def unfolded(raw: dict[str, Any], reader: Reader) -> tuple[dict[str, Any], list[str]]:
+    """A file of UniMatch's in sections, and a remark for each key; any other file as it is."""
+    if "nclass" not in raw or not isinstance(raw.get("dataset"), str):
+        return raw, []
+    sections: dict[str, Any] = {"unimatch": {}}
+    remarks: list[str] = []
+    implied = dict(_UNIMATCH_CODE)
+    if raw["dataset"] == "cityscapes":
+        implied |= {"dataset.train.resize_base_size": [1024, 2048], "dataset.val.crop.size": raw.get("crop_size")}
+    else:
+        implied["dataset.train.resize_base_size"] = 500
+    implied["net.encoder.pretrain"] = f"pretrained/{raw.get('backbone')}.pth"
+    for key, today in _UNIMATCH.items():
+        value = _pop(raw, key)
+        if value is not MISSING:
+            _move(sections, key, today, value, reader, remarks)
+    for key in ("criterion.kwargs", "criterion"):
+        if get(raw, key) == {}:
+            _pop(raw, key)
+    for key, value in raw.items():  # what is no key of theirs
+        _move(sections, key, key, value, reader, [])
+    for key, value in implied.items():
+        if get(sections, key) is MISSING and value is not None:
+            put(sections, key, value)
+            remarks.append(f"{key}: {show(value)}, as in UniMatch's code")
+    return sections, remarks
 
 
 def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) -> tuple[dict[str, Any], list[str]]:
@@ -116,6 +205,11 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             _move(raw, key, today, value, reader, remarks)
         if section in reader.written:
             reader.former.setdefault(section, []).append(key.rpartition(".")[2])
+    for section, keys in _IMPLIED.get(method, {}).items() if former else ():
+        there = get(raw, section)
+        for key in keys.keys() - there.keys() if isinstance(there, dict) else ():
+            there[key] = keys[key]
+            remarks.append(f"{section}.{key}: {show(keys[key])}, as all files of {method} mean it")
     return raw, remarks
 
 

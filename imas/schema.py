@@ -52,7 +52,11 @@ class ValCrop:
 
 @dataclass(frozen=True)
 class StrongAug:
-    num_augs: int = option(2, check=AT_LEAST_ONE)
+    """A strong view; ``data/strong.py`` has a function for each kind."""
+
+    type: Literal["pool", "narrow_pool", "jitter"] = "pool"
+    num_augs: int = option(2, check=AT_LEAST_ONE)  # of the pools: operations of a view
+    random_number: bool = False  # of the pools: 1 to num_augs operations, each number as often
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class OptimizerKwargs:
     lr: float = option(check=POSITIVE)  # of the encoder
     momentum: float = option(0.9, check=FRACTION)
     weight_decay: float = option(0.0, check=NOT_NEGATIVE)
+    decay: Literal["all", "convolutions"] = "all"  # what weight_decay is for: convolutions leaves out BatchNorm, biases
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,15 @@ def made(recipe: str, **names: Any) -> Tensor:
     """The tensor that a recipe of the golden files describes, such as ``randn(7, 1, 3, 65, 81) * 2``."""
     recipe, _, where = recipe.partition(" with 255 where ")
     known = {"randn": randn, "rand": rand, "randint": randint, **names}
-    tensor = eval(recipe, {"__builtins__": {}}, known)
+    tensor = eval(recipe, known)
     if where:
-        tensor[eval(where, {"__builtins__": {}}, known)] = 255
+        tensor[eval(where, known)] = 255
     return tensor
 
 
 @torch.no_grad()
-def fill(model: nn.Module, salt: str = "") -> nn.Module:
-    """Overwrite every weight by numbers that follow from its name."""
+def fill(model: nn.Module, salt: str = "", gain: float = 0.12) -> nn.Module:
+    """Overwrite every weight by numbers that follow from its name; those of the last layer times ``gain``."""
     state = model.state_dict()
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked"):
@@ -62,7 +62,7 @@ def fill(model: nn.Module, salt: str = "") -> nn.Module:
         else:
             r = 0.1 * r
         tensor.copy_(r)
-    state["decoder.classifier.6.weight"].mul_(0.12)
+    state["decoder.classifier.6.weight"].mul_(gain)
     return model
 
 

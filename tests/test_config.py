@@ -139,7 +139,7 @@ OLD_PASCAL_TODAY = {
             "rand_resize": [0.5, 2.0],
             "resize_base_size": 500,
             "crop": {"type": "rand", "size": [513, 513]},
-            "strong_aug": {"num_augs": 3},
+            "strong_aug": {"type": "pool", "num_augs": 3, "random_number": False},
         },
         "val": {
             "data_root": "./data/VOC2012_val",
@@ -172,7 +172,7 @@ OLD_PASCAL_TODAY = {
         "optimizer": {
             "type": "SGD",
             "head_lr_times": 10.0,
-            "kwargs": {"lr": 0.001, "momentum": 0.8, "weight_decay": 0.0001},
+            "kwargs": {"lr": 0.001, "momentum": 0.8, "weight_decay": 0.0001, "decay": "all"},
         },
         "lr_scheduler": {"mode": "poly", "kwargs": {"power": 0.8, "targetlr": 0.0, "milestones": []}},
     },

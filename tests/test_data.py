@@ -25,11 +25,11 @@ from imas.data.lists import read_list, read_lists
 from imas.data.loaders import EpochSampler, TrainingData, evaluation_batches, evaluation_loader, oversample
 from imas.data.normalise import Normalise
 from imas.data.source import FileSource, ShapesSource
-from imas.data.strong import OPERATIONS, strong_view
+from imas.data.strong import KINDS, OPERATIONS, strong_view
 from imas.data.weak import resized_size, weak_view
 from imas.engine.run import to_device
 from imas.errors import UserError
-from imas.schema import Config
+from imas.schema import Config, StrongAug
 
 CITY_NAME = "leftImg8bit/train/hamburg/hamburg_000000_080169_leftImg8bit.png"
 CITY_MASK = "gtFine/train/hamburg/hamburg_000000_080169_gtFine_{}.png"
@@ -597,10 +597,11 @@ def test_operation_keeps_size_mode_and_its_input(name: str) -> None:
         assert image.tobytes() == _photo().tobytes()
 
 
-def test_strong_view_keeps_size_mode_and_its_input() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_strong_view_keeps_size_mode_and_its_input(kind: str) -> None:
     image, rng, changed = _photo(), np.random.default_rng(0), 0
     for _ in range(100):
-        out = strong_view(image, 2, rng)
+        out = strong_view(image, StrongAug(type=kind), rng)
         assert (out.size, out.mode) == (image.size, "RGB")
         assert image.tobytes() == _photo().tobytes()
         changed += out.tobytes() != image.tobytes()
@@ -617,7 +618,7 @@ def test_operations_are_drawn_uniformly_with_replacement(monkeypatch: pytest.Mon
     monkeypatch.setattr(strong, "OPERATIONS", {name: recorder(name) for name in OPERATIONS})
     rng = np.random.default_rng(0)
     for _ in range(4000):
-        strong_view(None, 2, rng)  # which the recorders only hand on
+        strong_view(None, StrongAug(), rng)  # which the recorders only hand on
     assert len(calls) == 8000
     names = [name for name, _ in calls]
     assert _chi_square(Counter(names), 12) < 38
@@ -631,7 +632,7 @@ def test_operations_are_drawn_uniformly_with_replacement(monkeypatch: pytest.Mon
 def test_strong_view_applies_as_many_operations_as_asked(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """One after the other: each reads what the one before returned."""
     monkeypatch.setattr(strong, "OPERATIONS", {"add": lambda image, u, rng: image + 1})
-    assert strong_view(0, count, np.random.default_rng(0)) == count
+    assert strong_view(0, StrongAug(num_augs=count), np.random.default_rng(0)) == count
 
 
 def test_strong_view_is_the_weak_crop_with_other_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -639,7 +640,7 @@ def test_strong_view_is_the_weak_crop_with_other_colours(tmp_path: Path, monkeyp
     _save(tmp_path / "JPEGImages" / "a.jpg", _noise(20, 24))
     geometry = Geometry(base=24, scale=(0.5, 2.0), flip=True, crop=(16, 16), crop_type="rand", ignore_index=255)
     monkeypatch.setattr(strong, "OPERATIONS", {"invert": OPERATIONS["invert"]})
-    data = UnlabeledSet(_pascal(tmp_path), ["a"], geometry, strong=1, num_augs=1)
+    data = UnlabeledSet(_pascal(tmp_path), ["a"], geometry, 1, StrongAug(num_augs=1))
     for seed in range(10):
         sample = data[Draw(0, (seed,))]
         assert (sample["weak"].int() + sample["strong"][0].int() == 255).all()
@@ -648,7 +649,7 @@ def test_strong_view_is_the_weak_crop_with_other_colours(tmp_path: Path, monkeyp
 
 def test_several_strong_views_are_drawn_independently(tmp_path: Path) -> None:
     _save(tmp_path / "JPEGImages" / "a.jpg", _noise(20, 24))
-    data = UnlabeledSet(_pascal(tmp_path), ["a"], WHOLE, strong=2, num_augs=2)
+    data = UnlabeledSet(_pascal(tmp_path), ["a"], WHOLE, strong=2, strong_aug=StrongAug())
     pairs = [data[Draw(0, (seed,))]["strong"] for seed in range(10)]
     assert all(len(pair) == 2 for pair in pairs) and any(not torch.equal(*pair) for pair in pairs)
 
@@ -663,6 +664,16 @@ def test_padding_is_known_on_the_device(tmp_path: Path) -> None:
     expected = torch.zeros(1, 32, 30, dtype=torch.bool)
     expected[:, :20, :24] = True
     assert torch.equal(unlabeled.valid, expected)
+
+
+def test_jitter_leaves_unchanged_and_grey_as_often_as_it_should() -> None:
+    image, rng, counts = _photo(), np.random.default_rng(0), Counter()
+    for _ in range(400):
+        out = np.asarray(strong_view(image, StrongAug(type="jitter"), rng)).astype(int)
+        counts["unchanged"] += (out == np.asarray(image)).all()
+        counts["grey"] += (out[..., 0] == out[..., 1]).all() and (out[..., 1] == out[..., 2]).all()
+    assert 12 < counts["unchanged"] < 55  # 0.2 · 0.8 · 0.5 = 0.08
+    assert 55 < counts["grey"] < 110  # 0.2
 
 
 # Sampling

@@ -249,7 +249,12 @@ def test_a_step_is_a_pure_function_of_its_inputs() -> None:
 # A line for each method: the options of its section with which its step does all that it can.
 CONTRACT = {
     "imas": {"threshold": 0.5, "use_cutmix": True, "hardness": HardnessOptions(blend=True)},
+    "psmt": {"threshold": 0.5, "assist": 2},
     "sup_only": {"strong_views": True},
+    "fixmatch": {"threshold": 0.5, "teacher": True},
+    "unimatch": {"threshold": 0.5},
+    "augseg": {"threshold": 0.5, "extra_weak": True},
+    "cps": {},
 }
 
 

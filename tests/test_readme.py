@@ -226,19 +226,15 @@ def test_examples_run(block: Block, tmp_path: Path) -> None:
     assert "tensor([" in ended.stdout
 
 
-def test_the_worked_example(tmp_path: Path) -> None:
-    """docs/add_a_method.md to the letter, in a copy of the project: contract, house and a short training."""
-    copy = tmp_path / "project"
-    ignored = shutil.ignore_patterns("__pycache__", "checkpoints", "log", ".venv", ".git", "out", "[!s]*_os*")
-    shutil.copytree(ROOT, copy, ignore=ignored)
-    page = "docs/add_a_method.md"
-    (method,) = (block.text for block in _blocks("python") if block.page == page)
-    (experiment,) = (block.text for block in _blocks("yaml") if block.page == page)
-    assert method.count("\n") < 60
-    for text in (method, experiment):
-        path = copy / text.split("\n", 1)[0].removeprefix("# ")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text.split("\n", 1)[1])
+def apply_page(page: str, copy: Path) -> set[str]:
+    """Make the files that a page of docs shows, and apply its diffs, in a copy of the project. Returns the files."""
+    touched = set()
+    for kind in ("python", "yaml"):
+        for text in (block.text for block in _blocks(kind) if block.page == page):
+            name = text.split("\n", 1)[0].removeprefix("# ")
+            (copy / name).parent.mkdir(exist_ok=True)
+            (copy / name).write_text(text.split("\n", 1)[1])
+            touched.add(name)
     for block in (block for block in _blocks("diff") if block.page == page):
         file, *lines = block.text.splitlines()
         source = (copy / file).read_text()
@@ -248,18 +244,8 @@ def test_the_worked_example(tmp_path: Path) -> None:
             assert source.count("\n".join(old)) == 1, f"{file}: {old}"
             source = source.replace("\n".join(old), "\n".join(new))
         (copy / file).write_text(source)
-    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_methods.py", "tests/test_structure.py")
-    tested = run(*words, "-k", "contract or imports or definition", folder=copy)
-    assert tested.returncode == 0, tested.stdout
-    small = ("dataset.shapes.size=32", "dataset.shapes.unlabeled=16", "dataset.shapes.val=4", "trainer.epochs=2")
-    settings = [word for setting in small for word in ("--set", setting)]
-    config = "exps/shapes_fixmatch/config.yaml"
-    trained = run("train_semi.py", "--config", config, *settings, folder=copy)
-    assert trained.returncode == 0, trained.stderr
-    assert "student mIoU" in trained.stdout
-    assert len((copy / config).with_name("log").joinpath("metrics.csv").read_text().splitlines()) == 3
-    refused = run("train_semi.py", "--config", config, "--set", "dataset.train.strong_aug=null", folder=copy)
-    assert refused.returncode == 2 and "the method fixmatch needs this section" in refused.stderr
+        touched.add(file)
+    return touched
 
 
 def _anchors(page: Path) -> set[str]:

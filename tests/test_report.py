@@ -345,10 +345,10 @@ def test_training_writes_the_page_and_does_not_fail_for_it(
     config = load_config(path)
     page.unlink()
     page.mkdir()
-    train_semi.show(config)
+    train_semi.write_report(config)
     assert "the page of the run was not written" in caplog.text and "Traceback" not in caplog.text
     monkeypatch.setattr(train_semi, "write_page", lambda *_: 1 / 0)
-    train_semi.show(config)
+    train_semi.write_report(config)
     assert "Traceback" in caplog.text and "ZeroDivisionError" in caplog.text
 
 

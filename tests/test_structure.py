@@ -45,7 +45,7 @@ ALLOWED = {
         "errors",
         "legacy",
     },
-    "imas/report": {"report", "files", "errors"},
+    "imas/report": {"report", "files", "errors", "legacy"},
 }
 OUTSIDE = {"torch", "torchvision", "numpy", "yaml", "PIL", "tensorboard", "tqdm"}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import functional as TF
 
+from ..schema import StrongAug
 from .source import DataError, Source
 from .strong import strong_view
 from .weak import weak_view
@@ -42,7 +43,7 @@ class _AugmentedSet(Dataset):
 
     Args:
         strong: strong views of each crop.
-        num_augs: operations of a strong view.
+        strong_aug: of what kind they are; not read where there are none.
         skip: put another sample in the place of a broken one, with a message as ``skipped`` (else an empty text).
     """
 
@@ -52,11 +53,11 @@ class _AugmentedSet(Dataset):
         names: Sequence[str],
         geometry: Geometry,
         strong: int = 0,
-        num_augs: int = 0,
+        strong_aug: StrongAug | None = None,
         skip: bool = False,
     ) -> None:
         self.source, self.names, self.geometry, self.skip = source, names, geometry, skip
-        self.strong, self.num_augs = strong, num_augs
+        self.strong, self.strong_aug = strong, strong_aug
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         rng = np.random.default_rng(draw.seed)
@@ -75,7 +76,7 @@ class _AugmentedSet(Dataset):
 
     def strong_views(self, image: Image.Image, rng: np.random.Generator) -> list[Tensor]:
         """Independent strong views of a crop."""
-        return [TF.pil_to_tensor(strong_view(image, self.num_augs, rng)) for _ in range(self.strong)]
+        return [TF.pil_to_tensor(strong_view(image, self.strong_aug, rng)) for _ in range(self.strong)]
 
 
 class LabeledSet(_AugmentedSet):

@@ -114,13 +114,11 @@ class TrainingData:
             "rand" if train.crop is None else train.crop.type,
             config.dataset.ignore_label,
         )
-        wants, num_augs = config.wants, 0
-        if train.strong_aug is not None:
-            num_augs = train.strong_aug.num_augs
-        else:
+        wants, strong_aug = config.wants, train.strong_aug
+        if strong_aug is None:
             wants = wants._replace(strong=0, labeled_strong=0)
         skip = config.dataset.on_error == "skip"
-        labeled = LabeledSet(source, lists.labeled, geometry, wants.labeled_strong, num_augs, skip)
+        labeled = LabeledSet(source, lists.labeled, geometry, wants.labeled_strong, strong_aug, skip)
         count, pool = len(lists.labeled), len(lists.unlabeled)
         items, size = list(range(count)), train.epoch_size or count
         if pool and train.epoch_size is None:
@@ -132,7 +130,7 @@ class TrainingData:
         self.labeled = _loader(labeled, self.labeled_sampler, workers)
         self.unlabeled = None
         if pool:
-            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, num_augs, skip)
+            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, strong_aug, skip)
             self.unlabeled_sampler = EpochSampler(
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )

@@ -1,4 +1,4 @@
-"""Strong augmentation: colour only, so that labels stay where they are (spec, Strong augmentation)."""
+"""Strong augmentation: colour only, so that labels stay where they are. Each kind is a function in ``KINDS``."""
 
 from __future__ import annotations
 
@@ -9,55 +9,109 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision.transforms import functional as TF
 
-_SPAN = 0.999  # the authors' factor
+from ..schema import StrongAug
+
+Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]  # (image, u in [0, 1], rng) → image
 
 
-def _enhance(kind: type) -> Callable[[Image.Image, float, np.random.Generator], Image.Image]:
-    return lambda image, u, rng: kind(image).enhance(0.95 - 0.85 * _SPAN * u)
+def _operations(span: float, fall: float, least: int) -> dict[str, Operation]:
+    """The operations by name.
+
+    Args:
+        span: what u is multiplied with.
+        fall: how far below 0.95 the factors of contrast, brightness, colour and sharpness go.
+        least: by how much the threshold of solarize is lowered at least.
+    """
+
+    def enhance(kind: type) -> Operation:
+        return lambda image, u, rng: kind(image).enhance(0.95 - fall * span * u)
+
+    def blur(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * span * u))
+
+    def posterize(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
+        return ImageOps.posterize(image, 8 - max(1, math.ceil(4 * span * u)))
+
+    def solarize(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
+        return ImageOps.solarize(image, 256 - max(least, math.ceil(255 * span * u)))
+
+    def hue(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
+        sign = 1 if rng.random() < 0.5 else -1
+        return TF.adjust_hue(image, sign * 0.5 * span * u)
+
+    return {
+        "identity": lambda image, u, rng: image,
+        "autocontrast": lambda image, u, rng: ImageOps.autocontrast(image),
+        "equalize": lambda image, u, rng: ImageOps.equalize(image),
+        "invert": lambda image, u, rng: ImageOps.invert(image),
+        "blur": blur,
+        "contrast": enhance(ImageEnhance.Contrast),
+        "brightness": enhance(ImageEnhance.Brightness),
+        "colour": enhance(ImageEnhance.Color),
+        "sharpness": enhance(ImageEnhance.Sharpness),
+        "posterize": posterize,
+        "solarize": solarize,
+        "hue": hue,
+    }
 
 
-def _blur(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * _SPAN * u))
+OPERATIONS = _operations(0.999, 0.85, 0)  # of iMAS (spec, Strong augmentation)
+NARROW_OPERATIONS = _operations(1.0, 0.9, 1)  # of AugSeg (spec, Views): no inversion
+del NARROW_OPERATIONS["invert"]
 
 
-def _posterize(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-    return ImageOps.posterize(image, 8 - max(1, math.ceil(4 * _SPAN * u)))
+def _drawn(
+    operations: dict[str, Operation], image: Image.Image, options: StrongAug, rng: np.random.Generator
+) -> Image.Image:
+    """``num_augs`` operations, or 1 to ``num_augs`` with ``random_number``: drawn uniformly with replacement, one after
+    the other, each of a random strength.
+    """
+    names = list(operations)
+    number = int(rng.integers(1, options.num_augs + 1)) if options.random_number else options.num_augs
+    for _ in range(number):
+        name = names[rng.integers(len(names))]
+        image = operations[name](image, rng.random(), rng)
+    return image
 
 
-def _solarize(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-    return ImageOps.solarize(image, min(max(256 - math.ceil(255 * _SPAN * u), 1), 256))
+def _pool(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
+    return _drawn(OPERATIONS, image, options, rng)
 
 
-def _hue(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-    sign = 1 if rng.random() < 0.5 else -1
-    return TF.adjust_hue(image, sign * 0.5 * _SPAN * u)
+def _narrow_pool(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
+    return _drawn(NARROW_OPERATIONS, image, options, rng)
 
 
-# name → (image, u, rng) → image
-OPERATIONS: dict[str, Callable[[Image.Image, float, np.random.Generator], Image.Image]] = {
-    "identity": lambda image, u, rng: image,
-    "autocontrast": lambda image, u, rng: ImageOps.autocontrast(image),
-    "equalize": lambda image, u, rng: ImageOps.equalize(image),
-    "invert": lambda image, u, rng: ImageOps.invert(image),
-    "blur": _blur,
-    "contrast": _enhance(ImageEnhance.Contrast),
-    "brightness": _enhance(ImageEnhance.Brightness),
-    "colour": _enhance(ImageEnhance.Color),
-    "sharpness": _enhance(ImageEnhance.Sharpness),
-    "posterize": _posterize,
-    "solarize": _solarize,
-    "hue": _hue,
+# name → (image, factor) → image
+_JITTERS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "brightness": TF.adjust_brightness,
+    "contrast": TF.adjust_contrast,
+    "saturation": TF.adjust_saturation,
+    "hue": TF.adjust_hue,
 }
 
 
-def strong_view(image: Image.Image, num_augs: int, rng: np.random.Generator) -> Image.Image:
-    """``num_augs`` operations, drawn uniformly with replacement, one after the other, each of a random strength.
-
-    Args:
-        image: RGB, left as it is.
-    """
-    names = list(OPERATIONS)
-    for _ in range(num_augs):
-        name = names[rng.integers(len(names))]
-        image = OPERATIONS[name](image, rng.random(), rng)
+def _jitter(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
+    """Jitter of the colours with probability 0.8, no colours with 0.2, blur with 0.5 (FixMatch, UniMatch, ST++)."""
+    if rng.random() < 0.8:
+        for name in rng.permutation(list(_JITTERS)):
+            factor = rng.uniform(-0.25, 0.25) if name == "hue" else rng.uniform(0.5, 1.5)
+            image = _JITTERS[name](image, factor)
+    if rng.random() < 0.2:
+        image = image.convert("L").convert("RGB")
+    if rng.random() < 0.5:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
     return image
+
+
+# ``dataset.train.strong_aug.type`` → (image, options, rng) → image
+KINDS: dict[str, Callable[[Image.Image, StrongAug, np.random.Generator], Image.Image]] = {
+    "pool": _pool,
+    "narrow_pool": _narrow_pool,
+    "jitter": _jitter,
+}
+
+
+def strong_view(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
+    """A strong view of an RGB image, which is left as it is."""
+    return KINDS[options.type](image, options, rng)

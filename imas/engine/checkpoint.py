@@ -233,9 +233,34 @@ def _load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any] | Non
     )
     if fits:
         optimizer.load_state_dict(own | {"state": averages})
-        for parameter, values in optimizer.state.items():  # fused kernels want both in one memory format
-            for name, average in values.items():
-                if isinstance(average, Tensor) and average.dim() > 0:
-                    values[name] = torch.empty_like(parameter).copy_(average)
+        for parameter, values in optimizer.state.items():
+            optimizer.state[parameter] = _averages_like(parameter, values)
     else:
         log.warning("%s: its optimizer_state is not of these parameters in this order: momentum starts at zero", path)
+
+
+def take_momentum(optimizer: torch.optim.Optimizer, path: Path, network: str) -> None:
+    """Give an optimiser of one network the running averages that another one, of several networks, has of it.
+
+    Args:
+        optimizer: over ``optim.param_groups`` of the network alone.
+        path: a checkpoint of the other run.
+        network: its name there.
+
+    Raises:
+        UserError: see ``read``.
+    """
+    state = read(path)["optimizer_state"]
+    theirs = {group["name"]: group["params"] for group in state["param_groups"]}
+    for group in optimizer.param_groups:
+        for parameter, number in zip(group["params"], theirs[f"{network}.{group['name']}"], strict=True):
+            if number in state["state"]:
+                optimizer.state[parameter] = _averages_like(parameter, state["state"][number])
+
+
+def _averages_like(parameter: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's values of a parameter, on its device and in its memory format, as fused kernels want them."""
+    return {
+        name: torch.empty_like(parameter).copy_(value) if isinstance(value, Tensor) and value.dim() > 0 else value
+        for name, value in values.items()
+    }

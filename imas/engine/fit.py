@@ -22,7 +22,7 @@ from ..legacy import COLUMNS
 from ..methods.base import Method
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
-from . import precision, provenance
+from . import checkpoint, precision, provenance
 from .evaluate import Evaluation
 from .health import Health
 from .interrupt import Interrupted, interruptible
@@ -45,6 +45,7 @@ def fit(
     seed: int,
     device: torch.device,
     resumed_from: Path | None = None,
+    momentum: tuple[Path, str] | None = None,
 ) -> None:
     """Train, evaluate, log and save.
 
@@ -52,6 +53,7 @@ def fit(
         method: on ``device``, with the weights to start with.
         seed: with the configuration and the number of processes it determines the run.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
+        momentum: a checkpoint of another method and the network whose momentum is taken from there.
 
     Raises:
         NonFiniteLoss: naming the iteration and the losses.
@@ -60,7 +62,11 @@ def fit(
     world = distributed.world_size()
     data = TrainingData(config, lists, seed, distributed.rank(), world)
     precision.prepare(method, config.trainer, device)
-    optimizer = build_optimizer(param_groups(method.trained()), config.trainer.optimizer, lr_factor(config, world))
+    options = config.trainer.optimizer
+    groups = param_groups(method.trained(), options.kwargs.decay)
+    optimizer = build_optimizer(groups, options, lr_factor(config, world))
+    if momentum is not None:
+        checkpoint.take_momentum(optimizer, *momentum)
     meter = Meter(catalog_of(config.dataset).class_names)
     description = provenance.describe(config, lists, seed, world)
     scaler = precision.make_scaler(config.trainer, device)

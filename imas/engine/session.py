@@ -54,6 +54,7 @@ class Session:
         config: Config | None = None,
         lists: Lists | None = None,
         start: Path | None = None,
+        momentum: str | None = None,
     ) -> Config:
         """Train one stage, or what is left of it; a stage that is done is skipped.
 
@@ -64,13 +65,15 @@ class Session:
             config: of this stage, where it differs from the experiment's.
             lists: of this stage, where they differ.
             start: a checkpoint whose networks the stage starts from.
+            momentum: a network whose momentum goes on from there, too. The stage trains it alone.
 
         Returns:
             The stage's configuration, whose ``snapshot_dir`` has its checkpoints.
         """
-        config, lists = dataclasses.replace(config or self.config, stage=stage), lists or self.lists
+        config, lists = config or self.config, lists or self.lists
+        config = dataclasses.replace(config, stage=stage, wants=kind.wants(config.options))
         mark = config.snapshot_dir / _DONE
-        if stage and mark.is_file():
+        if stage and mark.is_file() and self.resume != "never":
             log.info("stage %s is done: %s", stage, config.snapshot_dir)
             return config
         found = checkpoint.find_checkpoint(config.snapshot_dir, self._resume(config))
@@ -82,13 +85,25 @@ class Session:
         start_logging(config.log_dir)
         if stage:
             log.info("stage %s begins", stage)
-        fit(method.to(self.device), config, lists, seed=self.seed, device=self.device, resumed_from=found)
+        fit(
+            method.to(self.device),
+            config,
+            lists,
+            seed=self.seed,
+            device=self.device,
+            resumed_from=found,
+            momentum=None if found is not None or momentum is None else (start, momentum),
+        )
         if distributed.is_main():
             self.finish(config)
             if stage:
                 mark.touch()
         distributed.barrier()  # the next stage reads what this one has written
         return config
+
+    def last(self, config: Config) -> Path:
+        """The last checkpoint of a stage that is done, by the configuration that ``fit`` gave."""
+        return config.snapshot_dir / checkpoint.LAST
 
     def _resume(self, config: Config) -> str:
         """A checkpoint file resumes the stage that it belongs to; the other stages go on by themselves."""

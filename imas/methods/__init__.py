@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from .augseg import AugSeg
 from .base import Method
+from .cps import CPS
+from .fixmatch import FixMatch
 from .imas import IMAS
+from .psmt import PSMT
 from .sup_only import SupOnly
+from .unimatch import UniMatch
 
-METHODS: dict[str, type[Method]] = {"imas": IMAS, "sup_only": SupOnly}  # by the name of its section in a YAML
+METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
+    "imas": IMAS,
+    "sup_only": SupOnly,
+    "fixmatch": FixMatch,
+    "unimatch": UniMatch,
+    "augseg": AugSeg,
+    "cps": CPS,
+    "psmt": PSMT,
+}
 DEFAULT = "sup_only"  # of a file without such a section

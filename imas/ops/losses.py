@@ -130,3 +130,17 @@ def consistency_loss(
     pixel_loss = pixel_cross_entropy(logits, pseudo_label)
     image_loss = (pixel_loss * (confidence >= threshold)).mean(dim=(1, 2))
     return (image_loss if score is None else score * image_loss).mean()
+
+
+def valid_consistency_loss(
+    logits: Tensor, pseudo_label: Tensor, confidence: Tensor, threshold: float, valid: Tensor
+) -> Tensor:
+    """Cross-entropy against confident pseudo labels, summed and divided by the number of all valid pixels of the batch,
+    confident or not (FixMatch, UniMatch); 0 where there is none.
+
+    Args:
+        logits, pseudo_label, confidence, threshold: see ``consistency_loss``.
+        valid: (B, H, W) bool, False where it is padding.
+    """
+    pixel_loss = pixel_cross_entropy(logits, pseudo_label)
+    return (pixel_loss * ((confidence >= threshold) & valid)).sum() / valid.sum().clamp(min=1)

@@ -7,6 +7,8 @@ Every random function takes the CPU generator that it draws from.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -75,9 +77,10 @@ def _truncated_normal(low: float, high: float, mean: float, uniform: float) -> f
     return min(max(drawn, low), high)
 
 
-def beta_side(generator: torch.Generator, concentration: float = 4.0) -> float:
-    """√(1 − λ) with λ ~ Beta(4, 4): the box side of the classic CutMix (spec, ``use_cutmix_beta``)."""
-    gammas = torch._standard_gamma(torch.full((2,), concentration, dtype=torch.float64), generator=generator)
+def beta_side(generator: torch.Generator, alpha: float = 4.0, beta: float = 4.0) -> float:
+    """√(1 − λ) with λ ~ Beta(α, β): the box side of the classic CutMix (spec, ``use_cutmix_beta``) and of AugSeg."""
+    concentrations = torch.tensor([alpha, beta], dtype=torch.float64)
+    gammas = torch._standard_gamma(concentrations, generator=generator)
     return math.sqrt(1 - (gammas[0] / gammas.sum()).item())
 
 
@@ -89,16 +92,96 @@ def cutmix_mask(
     A box is int(H·side) × int(W·side) around a centre that is uniform in [H//border, H) × [W//border, W),
     clipped to the image.
     """
+    rows = torch.randint(height // border, height, (batch,), generator=generator)
+    columns = torch.randint(width // border, width, (batch,), generator=generator)
+    return centred_boxes(height, width, side, rows, columns)
+
+
+def centred_boxes(height: int, width: int, side: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """The boxes of ``cutmix_mask`` around given centres, each (B,) int64; an odd side loses a pixel."""
     half_h, half_w = int(height * side) // 2, int(width * side) // 2
-    rows = torch.randint(height // border, height, (batch, 1, 1), generator=generator)
-    columns = torch.randint(width // border, width, (batch, 1, 1), generator=generator)
+    rows, columns = rows.view(-1, 1, 1), columns.view(-1, 1, 1)
     y = torch.arange(height).view(1, -1, 1)
     x = torch.arange(width).view(1, 1, -1)
     return (y >= rows - half_h) & (y < rows + half_h) & (x >= columns - half_w) & (x < columns + half_w)
 
 
+def area_box(height: int, width: int, draw: Callable[[], float]) -> tuple[int, int, int, int]:
+    """A box (top, left, height, width) that lies in the image (FixMatch, UniMatch; spec, CutMix box).
+
+    Its area is uniform in [0.02, 0.4] of the image's. Ratio and place are drawn anew until the box fits, so that none
+    is clipped.
+
+    Args:
+        draw: gives uniform numbers in [0, 1): for the area; then for ratio, left and top of each try.
+    """
+    area = (0.02 + 0.38 * draw()) * height * width
+    while True:
+        ratio = 0.3 + (1 / 0.3 - 0.3) * draw()
+        box_width, box_height = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
+        left, top = int(draw() * width), int(draw() * height)
+        if left + box_width <= width and top + box_height <= height:
+            return top, left, box_height, box_width
+
+
+def area_mask(batch: int, height: int, width: int, generator: torch.Generator, probability: float = 0.5) -> Tensor:
+    """An ``area_box`` in each image with this probability, True inside: (B, H, W) bool on the CPU."""
+
+    def draw() -> float:
+        return torch.rand((), generator=generator, dtype=torch.float64).item()
+
+    mask = torch.zeros(batch, height, width, dtype=torch.bool)
+    for image in mask:
+        if draw() < probability:
+            top, left, box_height, box_width = area_box(height, width, draw)
+            image[top : top + box_height, left : left + box_width] = True
+    return mask
+
+
+def share_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> Tensor:
+    """Boxes of a share of the image's area, in any shape and place (CPS, PS-MT on Cityscapes).
+
+    With a share q and an exponent e a box is √(1/3)·q^e of the image high and √(1/3)·q^(1 − e) wide, rounded to whole
+    pixels. It always lies in the image.
+
+    Args:
+        share: (B, K) float64 of K boxes in each image, in (0, 1].
+        exponent: (B, K) float64 in [0, 1].
+        position: (B, K, 2) float64 in [0, 1]: of the box's top among all that are possible, and of its left side.
+
+    Returns:
+        (B, K, H, W) bool, True inside.
+    """
+    high = share**exponent
+    size = share.new_tensor([height, width])
+    sides = (torch.stack([high, share / high], dim=-1) * math.sqrt(1 / 3) * size).round()
+    first = ((size - sides) * position).round()
+    last = first + sides
+    rows, columns = (
+        (torch.arange(side) >= first[..., i, None]) & (torch.arange(side) < last[..., i, None])
+        for i, side in enumerate((height, width))
+    )  # (B, K, H) and (B, K, W)
+    return rows.unsqueeze(3) & columns.unsqueeze(2)
+
+
+def toggled_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> Tensor:
+    """The ``share_boxes``, each of which toggles what it covers: an overlap of two is outside again (CPS; spec, The
+    mask). (B, H, W) bool.
+    """
+    return reduce(torch.logical_xor, share_boxes(height, width, share, exponent, position).unbind(1))
+
+
+def toggled_mask(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Three ``toggled_boxes`` in each image, every share uniform in [0.25, 0.5]: (B, H, W) bool on the CPU."""
+    draws = torch.rand(batch, 3, 4, generator=generator, dtype=torch.float64)
+    return toggled_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:])
+
+
 def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
     """``base`` with each image's box taken from its partner: (B, …, H, W), (B,) int64, (B, H, W) bool."""
-    if base.ndim == 4:
-        mask = mask.unsqueeze(1)
-    return torch.where(mask, base[partner], base)
+    return put(base, base[partner], mask)
+
+
+def put(base: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
+    """``base`` with what ``patch`` has inside the mask: both (B, …, H, W), the mask (B, H, W) bool."""
+    return torch.where(mask.unsqueeze(1) if base.ndim == 4 else mask, patch, base)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..errors import UserError
+from ..legacy import COLUMNS
 
-NETWORK_NAMES = {"stu": "student", "tea": "teacher"}  # the short names in column names
+NETWORK_NAMES = {column.removeprefix("miou_"): name for name, column in COLUMNS.items()}
 
 
 class Curve(NamedTuple):

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY
-from first_step import gradients, ready, step_of
+from first_step import gradients, progress, ready, step_of
 
 from imas.config import load_config
 from imas.engine import precision
-from imas.engine.optim import build_optimizer
-from imas.methods.base import Progress
+from imas.engine.optim import build_optimizer, param_groups
 from imas.schema import Config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -60,20 +59,21 @@ def test_a_step_on_the_gpu_is_that_of_the_cpu(tiny, word: str, loss: float, grad
 @pytest.mark.parametrize("words", [(), ("trainer.amp=fp16",), ("trainer.amp=bf16", "trainer.checkpoint_encoder=true")])
 def test_a_step_waits_for_the_device_only_to_decide_on_cutmix(tiny, words: tuple[str, ...]) -> None:
     """Without a CutMix that follows the score nothing waits at all; else ``mean(h).item()`` does."""
-    config = tiny("dataset.train.hardness_aware.trigger_cutmix=false", *words)
+    config = tiny("imas.hardness.trigger_cutmix=false", *words)
     method, batch = ready(config, CUDA)
-    optimizer = build_optimizer(method.param_groups(), config.trainer.optimizer)
+    optimizer = build_optimizer(param_groups(method.trained()), config.trainer.optimizer)
     scaler = precision.make_scaler(config.trainer, CUDA)
+
+    now = progress(2, 9, 4, seed=1)
 
     def update() -> None:
         optimizer.zero_grad(set_to_none=True)
-        progress = Progress(2, 9, 4, torch.Generator().manual_seed(1))
         with precision.autocast(config.trainer, CUDA):
-            step = method(batch, progress)
+            step = method(*batch, now)
         scaler.scale(step.loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        method.after_step(progress)
+        method.after_step(now)
 
     update()  # makes momentum and scale
     torch.cuda.set_sync_debug_mode("error")
