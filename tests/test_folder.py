@@ -186,7 +186,7 @@ def test_binary_and_colour_masks(tmp_path: Path) -> None:
         (Image.fromarray(np.full(SIZE, 0.5, np.float32)), "tif", {}, "class numbers"),
         (Image.fromarray(np.full(SIZE, 3, np.uint8)), "png", {}, r"1440 pixels have the values 3; expected .* 0\.\.2"),
         (Image.fromarray(np.full(SIZE, 7, np.uint8)), "png", {"binary": True, "class_names": list("ab")}, "got 7"),
-        (_image(0), "png", {"palette": [[0, 0, n] for n in range(3)]}, "pixels have colours that dataset.folder.palette lacks"),
+        (_image(0), "png", {"palette": [[0, 0, n] for n in range(3)]}, "colours that dataset.folder.palette lacks"),
     ],
 )  # fmt: skip
 def test_masks_that_cannot_be_used_are_named(

@@ -126,7 +126,8 @@ def read_pair(source: Source, name: str) -> tuple[Image.Image, Image.Image]:
 def need_same_size(name: str, image: tuple[int, int], mask: tuple[int, int]) -> None:
     """Raise ``DataError`` where an image and its mask, by (width, height), are of different sizes."""
     if image != mask:
-        raise DataError(f"{name}: the image is {image[0]}×{image[1]} pixels, its mask {mask[0]}×{mask[1]}")
+        turned = ": is the image turned by its EXIF orientation, and the mask not?" if image == mask[::-1] else ""
+        raise DataError(f"{name}: the image is {image[0]}×{image[1]} pixels, its mask {mask[0]}×{mask[1]}{turned}")
 
 
 def stacked(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -164,11 +164,6 @@ def find(options: Folder, root: Path, masked: bool = False) -> tuple[list[str], 
     return [name for name in found if masks[name] is not None], without
 
 
-def images_below(folder: Path) -> list[str]:
-    """Paths of all image files in a folder and its sub-folders, relative to it, sorted (see ``below``)."""
-    return [name for name in below(folder) if name.lower().endswith(IMAGES)]
-
-
 def below(folder: Path, hidden: list[str] | None = None) -> list[str]:
     """Paths of all files in a folder and its sub-folders, relative to it, sorted. Links are followed. Files and folders
     whose names start with a dot are left out, and added to ``hidden``.
@@ -189,4 +184,4 @@ def below(folder: Path, hidden: list[str] | None = None) -> list[str]:
 def _found(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (looked in {Path.cwd()}); dataset.folder says where the images lie")
-    return images_below(folder)
+    return [name for name in below(folder) if name.lower().endswith(IMAGES)]

@@ -11,7 +11,7 @@ from types import FrameType
 from .. import distributed
 from ..errors import UserError
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interrupted(UserError):
@@ -44,7 +44,9 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Signals set a flag as long as this lasts; a second one of a kind acts as it always does."""
+    """Signals set a flag as long as this lasts; a second one of a kind acts as it always does. One that is ignored, as
+    SIGHUP is under nohup, stays ignored.
+    """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
@@ -54,7 +56,8 @@ def interruptible() -> Iterator[Interruption]:
         interruption.received = signal.Signals(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield interruption
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import distributed
+from ..errors import UserError
 from ..files import replacing
 
 log = logging.getLogger("imas")
@@ -32,8 +33,20 @@ def start_logging(folder: Path | None = None) -> None:
     for handler in log.handlers[:]:
         log.removeHandler(handler)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
+
+
+def need_tensorboard() -> None:
+    """Raise ``UserError`` where TensorBoard cannot be imported."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401  takes a second
+    except Exception as error:  # a protobuf that does not fit raises a TypeError
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"saver.use_tb: TensorBoard cannot be imported ({type(error).__name__}: {reason}); "
+            "install it anew (pip install tensorboard), or set saver.use_tb: false"
+        ) from None
 
 
 class RunLog:

@@ -8,6 +8,7 @@ import sys
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -46,6 +47,58 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
         },
         "files": {text: len(files) for text, files in lists.remarks.items()},
     }
+
+
+# Keys that steer how a run is carried out, not what it computes.
+_ASIDE = ("saver.", "dataset.workers", "dataset.cache", "dataset.on_error")
+
+
+def changes(before: dict | None, config: dict, path: str = "") -> list[str]:
+    """A line for each key of the recipe that has another value than in an earlier one. Keys that only one of them has,
+    below a section that both have, are passed over: they came or went with a version of this project.
+    """
+    if before is None or before == config:
+        return []
+    if not isinstance(before, dict) or not isinstance(config, dict):
+        return [f"{path}: {config!r}, and {before!r} before"]
+    lines = []
+    for key in dict.fromkeys([*before, *config]):
+        here = f"{path}.{key}" if path else str(key)
+        if key in before and key in config:
+            lines += changes(before[key], config[key], here) if before[key] is not None else _new(here, config[key])
+        elif not path:
+            lines.append(f"{here}: {'a section' if key in config else 'no section'}, other than before")
+    return lines
+
+
+def _new(path: str, value: Any) -> list[str]:
+    return [] if value is None else [f"{path}: {value!r}, and None before"]
+
+
+def steers(line: str) -> bool:
+    """Whether a line of ``changes`` is about what a run computes."""
+    return not line.startswith(_ASIDE)
+
+
+def surroundings_changed(before: dict | None, now: dict) -> list[str]:
+    """A line for each thing beside the recipe that differs between two descriptions: lists, processes, threads,
+    versions, commit.
+    """
+    if not before:
+        return []
+    lines = [
+        f"{key}: {now[key]}, and {before[key]} before"
+        for key in ("processes", "threads", "python", "cuda", "git")
+        if key in before and before[key] != now[key]
+    ]
+    for name, number in before.get("packages", {}).items():
+        if now["packages"].get(name) != number:
+            lines.append(f"{name}: {now['packages'].get(name)}, and {number} before")
+    for name in dict.fromkeys([*before.get("lists", {}), *now["lists"]]):
+        one, two = (lists.get(name, {"images": 0, "sha256": None}) for lists in (before.get("lists", {}), now["lists"]))
+        if one["sha256"] != two["sha256"]:
+            lines.append(f"the {name} list: {two['images']} images, and {one['images']} (others) before")
+    return lines
 
 
 def record(config: Config, description: dict) -> None:

@@ -92,6 +92,7 @@ class Session:
             seed=self.seed,
             device=self.device,
             resumed_from=found,
+            by_hand=self.resume not in ("auto", "never"),
             momentum=None if found is not None or momentum is None else (start, momentum),
         )
         if distributed.is_main():
