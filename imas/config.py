@@ -209,8 +209,8 @@ def _check_classes(config: Config, reader: Reader) -> None:
     if dataset.ignore_label < given:
         reader.error(
             "dataset.ignore_label",
-            f"{dataset.ignore_label} is one of the {given} classes. Where masks mean 'leave out' by 0 (ADE20K), save them "
-            "less 1, as 8-bit numbers: 0 becomes 255, and the classes begin with 0",
+            f"{dataset.ignore_label} is one of the {given} classes. Where masks mean 'leave out' by 0 (ADE20K), save "
+            "them less 1, as 8-bit numbers: 0 becomes 255, and the classes begin with 0",
         )
 
 

@@ -52,8 +52,8 @@ class Together:
 
 def run_script(main: Callable[[], None]) -> None:
     """Call a script's ``main``. A ``UserError``, a full or read-only disk, a GPU out of memory and a worker process
-    that has died end it with a message on stderr and an exit status instead of a traceback. Signs that a terminal or job
-    log cannot show are replaced.
+    that has died end it with a message on stderr and an exit status instead of a traceback. Signs that a terminal or
+    job log cannot show are replaced.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -102,7 +102,7 @@ def check_data(config: Config, training: bool = True) -> Lists:
             wrong.append(text)
         else:
             log.warning("%s\nOther samples will take their place (dataset.on_error: skip)", text)
-    for finding in _of_lists(config, lists) if training else ():
+    for finding in (*_of_lists(config, lists), *_of_classes(config, looks)) if training else ():
         log.warning("%s", "\n".join([finding.text, *_some(finding.files)]))
     if wrong:
         raise UserError("\n".join(wrong))
@@ -259,7 +259,7 @@ def _of_classes(config: Config, looks: dict[str, list[Look]]) -> list[Finding]:
     """Classes that do not occur, and masks that are not what they are taken for."""
     findings, ignore = [], config.dataset.ignore_label
     for list_name in ("labeled", "val"):
-        counts = _counts(looks[list_name])
+        counts = _counts(looks.get(list_name, []))
         if counts is None:
             continue
         if set(np.flatnonzero(counts).tolist()) == {0, ignore} and ignore == 255:
