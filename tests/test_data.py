@@ -350,7 +350,7 @@ def test_check_lists_every_missing_file_and_compares_n_sup(tmp_path: Path, caplo
     ]
     for path in gone:
         path.unlink()
-    with pytest.raises(UserError, match="2 files of the labeled images cannot be used") as caught:
+    with pytest.raises(UserError, match="2 of the 2 labeled images cannot be used") as caught:
         check_data(config)
     for path in gone:
         assert str(path) in str(caught.value)

@@ -7,7 +7,6 @@ import filecmp
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +45,11 @@ class Finding(NamedTuple):
     text: str
     files: tuple[str, ...] = ()
 
+    def words(self, shown: int = SHOWN) -> str:
+        """The sentence, the first of its files, and how many more there are."""
+        more = [f"... and {len(self.files) - shown} more"] if len(self.files) > shown else []
+        return "\n  ".join([self.text, *self.files[:shown], *more])
+
 
 @dataclass
 class Health:
@@ -62,8 +66,7 @@ class Health:
     def lines(self, shown: int = SHOWN) -> list[str]:
         """The findings in words, what is wrong first, each with the first of its files; then what was looked at."""
         ordered = sorted(self.findings, key=lambda finding: not finding.wrong)
-        heads = (f"{'WRONG' if finding.wrong else 'note '}  {finding.text}" for finding in ordered)
-        lines = ["\n".join([head, *_some(finding.files, shown)]) for head, finding in zip(heads, ordered)]
+        lines = (f"{'WRONG' if finding.wrong else 'note '}  {finding.words(shown)}" for finding in ordered)
         return [*lines, self.looked]
 
 
@@ -91,19 +94,13 @@ def check_data(config: Config, training: bool = True) -> Lists:
     lists = read_lists(config, training)
     looks = {} if catalog_of(config.dataset).files is None else _looks(config, lists, {"labeled": "size", "val": "all"})
     wrong = []
-    for list_name, seen in looks.items():
-        problems = [problem for look in seen for problem in look.problems]
-        if not problems:
-            continue
-        hint = _meant(config, list_name, next(look.name for look in seen if look.problems))
-        text = f"{len(problems)} files of the {list_name} images cannot be used:"
-        text = "\n".join([text, *_some(problems), *([f"  {hint}"] if hint else [])])
+    for list_name, finding in _unusable(config, looks).items():
         if list_name == "val" or config.dataset.on_error == "stop":
-            wrong.append(text)
+            wrong.append(finding.words())
         else:
-            log.warning("%s\nOther samples will take their place (dataset.on_error: skip)", text)
+            log.warning("%s\nOther samples will take their place (dataset.on_error: skip)", finding.words())
     for finding in (*_of_lists(config, lists), *_of_classes(config, looks)) if training else ():
-        log.warning("%s", "\n".join([finding.text, *_some(finding.files)]))
+        log.warning("%s", finding.words())
     if wrong:
         raise UserError("\n".join(wrong))
     return lists
@@ -116,15 +113,9 @@ def examine(config: Config, lists: Lists, *, workers: int = _THREADS, limit: int
         workers: threads that read.
         limit: images of each list at most, evenly spread; None reads all.
     """
-    everything = dict.fromkeys(lists.by_name(), "all")
-    looks, findings = _looks(config, lists, everything, workers, limit), []
-    for list_name, seen in looks.items():
-        if problems := tuple(problem for look in seen for problem in look.problems):
-            broken = [look.name for look in seen if look.problems]
-            hint = _meant(config, list_name, broken[0])
-            text = f"{len(broken)} of the {len(seen)} {list_name} images cannot be used{f' ({hint})' if hint else ''}:"
-            findings.append(Finding(True, text, problems))
-    findings += [*_of_lists(config, lists), *_of_classes(config, looks), *_of_pictures(config, looks)]
+    looks = _looks(config, lists, dict.fromkeys(lists.by_name(), "all"), workers, limit)
+    findings = [*_unusable(config, looks).values(), *_of_lists(config, lists)]
+    findings += [*_of_classes(config, looks), *_of_pictures(config, looks)]
     return Health(findings, _table(config, lists, looks), _counted(lists, looks))
 
 
@@ -184,16 +175,27 @@ def _look(source: Source, masked: bool, how: str | None, name: str) -> Look:
     return Look(name, (), size, counts, np.stack([pixels.mean(0), (pixels**2).mean(0)]))
 
 
-def _meant(config: Config, list_name: str, name: str) -> str | None:
-    """What a list line that is no image of the data set may mean: lists of other projects have other lines."""
-    source, masked = source_of(config, list_name), list_name != "unlabeled"
+def _unusable(config: Config, looks: dict[str, list[Look]]) -> dict[str, Finding]:
+    """For each list with images that cannot be used, what is wrong with them."""
+    findings = {}
+    for list_name, seen in looks.items():
+        broken = [look for look in seen if look.problems]
+        if broken:
+            meant = _meant(source_of(config, list_name), list_name != "unlabeled", broken[0].name)
+            text = f"{len(broken)} of the {len(seen)} {list_name} images cannot be used{meant}:"
+            findings[list_name] = Finding(True, text, tuple(problem for look in broken for problem in look.problems))
+    return findings
+
+
+def _meant(source: Source, masked: bool, name: str) -> str:
+    """What a list line that is no image may mean: lists of other projects have other lines."""
     path = Path(name.split()[0].replace("\\", "/"))
     tails = [Path(*path.parts[start:]) for start in range(len(path.parts))]
     guesses = [tail.with_suffix(suffix).as_posix() for tail in tails for suffix in (tail.suffix, *IMAGES, "")]
     for guess in guesses if source.missing([name], masked) else ():
         if not source.missing([guess], masked):
-            return f"a line of the list is {name!r}; expected one name a line, here {guess}"
-    return None
+            return f" (a line of the list is {name!r}; expected one name a line, here {guess})"
+    return ""
 
 
 def _of_lists(config: Config, lists: Lists) -> list[Finding]:
@@ -224,35 +226,25 @@ def _of_lists(config: Config, lists: Lists) -> list[Finding]:
 
 def _copies(config: Config, lists: Lists, list_name: str) -> tuple[str, ...]:
     """Images of a training list whose files are copies of those of validation images."""
-    sources = {name: source_of(config, name) for name in (list_name, "val")}
     if catalog_of(config.dataset).files is None:
         return ()
-    known: dict[tuple[int, bytes], Path] = {}
-    sizes: set[int] = set()
-    copies = []
-    for name, names in (("val", lists.val), (list_name, lists.by_name()[list_name])):
-        paths = [sources[name].paths(image)[0] for image in names]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for image, path, key in zip(
-                names, paths, pool.map(partial(_fingerprint, sizes if name != "val" else None), paths)
-            ):
-                if name == "val":
-                    known[key] = path
-                elif key in known and known[key] != path and filecmp.cmp(path, known[key], shallow=False):
-                    copies.append(f"{image} = {known[key].name}")
-        sizes |= {key[0] for key in known}
-    return tuple(copies)
+    paths, keys = {}, {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for name in ("val", list_name):
+            source = source_of(config, name)
+            paths[name] = [source.paths(image)[0] for image in lists.by_name()[name]]
+            keys[name] = list(pool.map(_fingerprint, paths[name]))
+    known = dict(zip(keys["val"], paths["val"]))
+    pairs = [(path, known.get(key, path)) for path, key in zip(paths[list_name], keys[list_name]) if key is not None]
+    return tuple(f"{a} = {b.name}" for a, b in pairs if a != b and filecmp.cmp(a, b, shallow=False))
 
 
-def _fingerprint(sizes: set[int] | None, path: Path) -> tuple[int, bytes]:
-    """Size and some bytes of a file; of a file whose size is not among ``sizes`` the size alone."""
+def _fingerprint(path: Path) -> tuple[int, bytes] | None:
+    """Size and some bytes of a file: where they differ, two files do. None for one that cannot be read."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if sizes is None or size in sizes:
-            file.seek(size // 2)
-            return size, file.read(_COMPARED)
-        return size, b""
-    return -1, b""
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size // 2)
+        return size, file.read(_COMPARED)
 
 
 def _of_classes(config: Config, looks: dict[str, list[Look]]) -> list[Finding]:
@@ -327,9 +319,3 @@ def _table(config: Config, lists: Lists, looks: dict[str, list[Look]]) -> str:
             cells += [f"{100 * counts[value] / max(base, 1):.2f} %", str(shown)]
         lines.append(f"{name:{width}}  {cells[0]:>15} {cells[1]:>7} {cells[2]:>14} {cells[3]:>7}")
     return "\n".join(lines)
-
-
-def _some(items: Sequence[str], shown: int = SHOWN) -> list[str]:
-    """The first items as indented lines, and how many more there are."""
-    more = [f"  ... and {len(items) - shown} more"] if len(items) > shown else []
-    return [*(f"  {item}" for item in items[:shown]), *more]

@@ -64,9 +64,9 @@ def lists(
         if "labeled" in wanted:
             found["labeled"] = [name for name in with_mask if plain(name) not in taken]
         taken |= {plain(name) for name in (*found["labeled"], *found.get("unlabeled", ()))}
-        rest = tuple(name for name in (*with_mask, *without) if plain(name) not in taken)
+        rest = [name for name in (*with_mask, *without) if plain(name) not in taken]
         if "unlabeled" in wanted:
-            found["unlabeled"] = list(rest)
+            found["unlabeled"] = rest
         takes_part = "they are unlabeled" if "unlabeled" in wanted else "they take no part"
         remarks[f"images below {root / options.images} are on no list: {takes_part}"] = rest
     for place in roots:
@@ -82,39 +82,36 @@ def lists(
                 f"{options.masks}{example}"
             )
     together.finish()
-    return {name: found[name] for name in wanted}, {text: names for text, names in remarks.items() if names}
+    return {name: found[name] for name in wanted}, {text: tuple(names) for text, names in remarks.items() if names}
 
 
-def _not_used(options: Folder, root: Path) -> dict[str, tuple[str, ...]]:
+def _not_used(options: Folder, root: Path) -> dict[str, list[str]]:
     """Files of the two folders that are not used, by the reason; and images that share a mask."""
     images, masks, hidden = root / options.images, root / options.masks, []
+    pictures = below(images, hidden)
     by_mask: dict[Path, list[str]] = {}
     for name in find(options, root, masked=True)[0]:
         by_mask.setdefault(files(options, root, name)[1], []).append(name)
-    others = [name for name in below(images, hidden) if not name.lower().endswith(IMAGES)]
     strangers = [name for name in below(masks, hidden) if masks / name not in by_mask] if masks.is_dir() else []
     if images == masks:
         strangers = [name for name in strangers if Path(name).stem.endswith(options.mask_suffix)]
+    shared = [name for names in by_mask.values() if len(names) > 1 for name in names]
     return {
-        f"masks in {masks} belong to no image": tuple(strangers),
-        f"images below {images} share a mask with another one": tuple(
-            name for names in by_mask.values() if len(names) > 1 for name in names
-        ),
-        f"files below {images} are no images by their suffix ({', '.join(IMAGES)})": tuple(others),
-        f"names below {root} start with a dot: left out": tuple(dict.fromkeys(hidden)),
+        f"masks in {masks} belong to no image": strangers,
+        f"images below {images} share a mask with another one": shared,
+        f"files below {images} are no images by their suffix": [name for name in pictures if not is_image(name)],
+        f"names below {root} start with a dot: left out": list(dict.fromkeys(hidden)),
     }
 
 
 def _expected(options: Folder, root: Path) -> str:
     """An example of the mask that was looked for, and what there is instead."""
-    name = next(iter(_found(root / options.images)), None)
+    masks, name = root / options.masks, next(iter(_found(root / options.images)), None)
     if name is None:
         return f"; {root / options.images} has no image ({', '.join(IMAGES)})"
-    masks = root / options.masks
-    there = below(masks) if masks.is_dir() else []
-    return f"; the mask of {name} would be {files(options, root, name)[1]} (or {', '.join(MASKS[1:])}), and " + (
-        f"{masks} has {', '.join(there[:3])}" + (" ..." if len(there) > 3 else "") if there else f"there is no {masks}"
-    )
+    there = ", ".join((below(masks) if masks.is_dir() else [])[:3]) or "nothing"
+    looked = files(options, root, name)[1]
+    return f"; the mask of {name} would be {looked} (or {', '.join(MASKS[1:])}), and {masks} has {there} ..."
 
 
 def problems(dataset: Dataset) -> dict[str, str]:
@@ -164,6 +161,11 @@ def find(options: Folder, root: Path, masked: bool = False) -> tuple[list[str], 
     return [name for name in found if masks[name] is not None], without
 
 
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its suffix."""
+    return name.lower().endswith(IMAGES)
+
+
 def below(folder: Path, hidden: list[str] | None = None) -> list[str]:
     """Paths of all files in a folder and its sub-folders, relative to it, sorted. Links are followed. Files and folders
     whose names start with a dot are left out, and added to ``hidden``.
@@ -184,4 +186,4 @@ def below(folder: Path, hidden: list[str] | None = None) -> list[str]:
 def _found(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (looked in {Path.cwd()}); dataset.folder says where the images lie")
-    return [name for name in below(folder) if name.lower().endswith(IMAGES)]
+    return list(filter(is_image, below(folder)))

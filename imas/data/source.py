@@ -11,23 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from ..errors import UserError
 from ..schema import Shapes
 from . import shapes
 
 _SHAPES_VAL = 1_000_000  # validation images of the embedded set are numbered from here
-_TURNS = {  # EXIF orientation → what makes an image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _ALPHA = {1, 2}  # kinds of extra bands of a TIFF (ExtraSamples)
+_ORIENTATION = ExifTags.Base.Orientation
 
 
 class Source(Protocol):
@@ -99,7 +91,7 @@ class FileSource:
 
 
 class Listing(NamedTuple):
-    """What a folder holds."""
+    """What a folder holds, sorted."""
 
     files: list[str]
     folders: list[str]
@@ -107,7 +99,7 @@ class Listing(NamedTuple):
 
 
 def listing(folder: Path) -> Listing:
-    """The entries of a folder, sorted; links are followed. A folder that does not change is read once.
+    """The entries of a folder; links are followed. A folder that does not change is read once.
 
     Raises:
         DataError: it cannot be read. FileNotFoundError, NotADirectoryError: there is none.
@@ -116,19 +108,16 @@ def listing(folder: Path) -> Listing:
         changed = os.stat(folder).st_mtime_ns
         settled = abs(time.time_ns() - changed) > 1_000_000_000  # a change within one tick of the clock is not seen
         return (_listed if settled else _listed.__wrapped__)(str(folder), changed)
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
+    except PermissionError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
 
 
 @functools.cache
 def _listed(folder: str, changed: int) -> Listing:
     with os.scandir(folder) as entries:
-        kinds = {entry.name: entry.is_dir() for entry in sorted(entries, key=lambda entry: entry.name)}
+        kinds = dict(sorted((entry.name, entry.is_dir()) for entry in entries))
     names = {plain(name): name for name in kinds} | {name: name for name in kinds}
-    files = [name for name, is_folder in kinds.items() if not is_folder]
-    return Listing(files, [name for name, is_folder in kinds.items() if is_folder], names)
+    return Listing([name for name in kinds if not kinds[name]], [name for name in kinds if kinds[name]], names)
 
 
 def plain(name: str) -> str:
@@ -139,10 +128,7 @@ def plain(name: str) -> str:
 
 def existing(*paths: Path) -> Path | None:
     """The first of some files or folders of one folder that exists, as its name is on the disk: as it is given, or one
-    that is ``plain`` the same.
-
-    Raises:
-        DataError: a folder that may not be read.
+    that is ``plain`` the same. DataError for a folder that may not be read.
     """
     folder: Path | None = paths[0].parent
     try:
@@ -152,10 +138,8 @@ def existing(*paths: Path) -> Path | None:
         if folder is None or not folder.is_dir():
             return None
         names = listing(folder).names
-    for path in paths:
-        if name := names.get(path.name) or names.get(plain(path.name)):
-            return folder / name
-    return None
+    found = (names.get(path.name) or names.get(plain(path.name)) for path in paths)
+    return next((folder / name for name in found if name), None)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -291,7 +275,7 @@ def _number(name: str) -> int:
 
 def upright_size(path: Path) -> tuple[int, int]:
     """(width, height) that an image has when it is read, by its header alone. DataError if it cannot be opened."""
-    return _opened(path, lambda image: image.size[::-1] if _orientation(image) >= 5 else image.size)
+    return _opened(path, lambda image: image.size[:: -1 if image.getexif().get(_ORIENTATION, 1) >= 5 else 1])
 
 
 def _opened(path: Path, use: Callable[[Image.Image], Any] | None = None) -> Any:
@@ -307,26 +291,16 @@ def _opened(path: Path, use: Callable[[Image.Image], Any] | None = None) -> Any:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Decoded, and turned. ImageOps.exif_transpose writes the other entries anew, and fails where one of them is
-    broken.
-    """
     image.load()
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     if set(tags.get(ExifTags.Base.ExtraSamples, ())) - _ALPHA:
         count = tags.get(ExifTags.Base.SamplesPerPixel)
-        raise ValueError(
-            f"of its {count} bands some are neither colour nor alpha; save those that you mean as grey or RGB"
-        )
-    method = _TURNS.get(_orientation(image))
-    if method is None:
-        return image
-    turned = image.transpose(method)
-    turned.format = image.format
-    return turned
-
-
-def _orientation(image: Image.Image) -> int:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+        raise ValueError(f"some of its {count} bands are neither colour nor alpha; save those you mean as grey or RGB")
+    exif = image.getexif()
+    for tag in set(exif) - {_ORIENTATION}:  # Pillow writes all of them anew, and fails where one is broken
+        del exif[tag]
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _first(values: list, shown: int = 8) -> str:

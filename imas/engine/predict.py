@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..data.catalog import catalog_of
-from ..data.folder import IMAGES, below
+from ..data.folder import below, is_image
 from ..data.normalise import Normalise
 from ..data.source import DataError, read_image
 from ..errors import UserError
@@ -66,10 +66,10 @@ def find_images(words: Sequence[str], save_dir: Path) -> tuple[dict[Path, Path],
             base, paths = Path(os.path.commonpath(folders)), [Path(os.path.abspath(path))]
         elif path.is_dir():
             names = below(path)
-            others = [name for name in names if not name.lower().endswith(IMAGES)]
+            others = [name for name in names if not is_image(name)]
             if others:
                 log.warning("%s: no images by their suffix, left out: %d files (%s)", path, len(others), _some(others))
-            base, paths = path, [path / name for name in names if name.lower().endswith(IMAGES)]
+            base, paths = path, [path / name for name in names if is_image(name)]
         paths = [path for path in paths if not any(path.resolve().is_relative_to(folder) for folder in outputs)]
         if not paths:
             kind = "folder without images" if Path(word).is_dir() else "no such file"
