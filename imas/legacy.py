@@ -34,7 +34,6 @@ _IGNORED_KEYS: dict[str, tuple | None] = {
     "criterion.kwargs.use_weight": (False,),
     "net.encoder.kwargs.fpn": (True,),
     "net.encoder.kwargs.pretrained": None,
-    "net.decoder.kwargs.rep_head": (False,),
 }
 
 # Former key or section → today's, in this order. A section brings all of its keys along.
@@ -108,6 +107,30 @@ _UNIMATCH_CODE = {
     "net.sync_bn": True,
 }
 
+# U2PL's own files, also those of its baseline. Dead keys steer nothing in U2PL's code, or only with other values.
+_SUP_ONLY["dataset.batch_size"] = "dataset.train.batch_size"
+_FORMER["u2pl"] = {
+    "trainer.unsupervised.apply_aug": "u2pl.use_cutmix",
+    "trainer.unsupervised": "u2pl",
+    "trainer.contrastive": "u2pl.contrastive",
+    "trainer.sup_only_epoch": "u2pl.sup_only_epoch",
+    "net.ema_decay": "u2pl.ema_decay",
+    "dataset.batch_size": "dataset.train.batch_size",
+}
+_VALUES["trainer.unsupervised.apply_aug"] = {"cutmix": True, False: False, None: False}.__getitem__
+_U2PL_DEAD: dict[str, tuple | None] = {
+    "dataset.noise_std": None,
+    "dataset.train.noise_std": None,
+    "dataset.train.GaussianBlur": (False,),
+    "trainer.eval_on": None,
+    "trainer.unsupervised.TTA": None,
+    "trainer.contrastive.unsupervised_entropy_ignore": None,
+    "trainer.contrastive.anchor_ema": (False,),
+}
+# What is in U2PL's code instead, or where a key is not there.
+_U2PL_CODE = {"trainer.sup_only_epoch": 1, "trainer.unsupervised.apply_aug": False, "net.embedding": 256}
+_U2PL_SIZES = {"pascal": 500, "cityscapes": [1024, 2048]}  # of nearly all images, which are resized from their own
+
 # Keys that former files may have although the method has no use for them.
 _IDLE = {
     "imas": ("dataset.train.strong_aug.labeled",),
@@ -129,6 +152,8 @@ def method_of(raw: dict[str, Any]) -> str:
     named = raw.get("method")
     if named is not None:
         return str(named)
+    if get(raw, "trainer.contrastive") not in (MISSING, None):
+        return "u2pl"
     if get(raw, "trainer.unsupervised") in (MISSING, None):
         return "sup_only"
     types = (str(get(raw, key)) for key in _SPELLINGS)
@@ -174,6 +199,7 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
         reader: gets the mistakes; it learns how the user wrote each key.
     """
     remarks: list[str] = []
+    of_u2pl = former and _is_of_u2pl(raw, method)
     for key, names in _SPELLINGS.items():
         value = get(raw, key)
         if isinstance(value, str):
@@ -182,7 +208,8 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             if today != value:
                 put(raw, key, today)
                 remarks.append(f"{key}: {value} → {today}")
-    for key, allowed in _IGNORED_KEYS.items():
+    dead = _U2PL_DEAD if former and method in ("u2pl", "sup_only") else {}
+    for key, allowed in (_IGNORED_KEYS | dead).items():
         value = _pop(raw, key)
         if value is MISSING:
             continue
@@ -190,6 +217,13 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             reader.error(key, f"only {' or '.join(map(show, allowed))} is supported, got {show(value)}")
         else:
             remarks.append(f"{key}: has no meaning any more")
+    head = _pop(raw, "net.decoder.kwargs.rep_head")
+    if head is not MISSING and head not in (True, False):
+        reader.error("net.decoder.kwargs.rep_head", f"expected true or false, got {show(head)}")
+    elif head is not MISSING:
+        _move(raw, "net.decoder.kwargs.rep_head", "net.embedding", 256 if head else None, reader, remarks)
+    if of_u2pl:
+        _fill_in(raw, method, remarks)
     if former:
         raw.pop("method", None)
         for key in _IDLE.get(method, ()):
@@ -247,6 +281,27 @@ def _move(raw: dict[str, Any], key: str, today: str, value: Any, reader: Reader,
     with contextlib.suppress(ValueError):  # the section is none, which the reader will say
         put(raw, today, value)
     remarks.append(f"{written} → {today}" + ("" if isinstance(value, dict) else f": {show(value)}"))
+
+
+def _is_of_u2pl(raw: dict[str, Any], method: str) -> bool:
+    """Whether a raw file is a whole one of U2PL's; its baselines differ from those of iMAS in what they leave out."""
+    if method == "u2pl":
+        return "net" in raw and get(raw, "trainer.contrastive") is not MISSING
+    own = str(get(raw, "net.encoder.type")).startswith("u2pl.") and method == "sup_only"
+    return own and get(raw, "dataset.train.resize_base_size") is MISSING and "dataset" in raw
+
+
+def _fill_in(raw: dict[str, Any], method: str, remarks: list[str]) -> None:
+    """What a file of U2PL's leaves to its code."""
+    type_, encoder = get(raw, "dataset.type"), get(raw, "net.encoder.type")
+    implied = (_U2PL_CODE if method == "u2pl" else {}) | {"net.encoder.pretrain": f"pretrained/{encoder}.pth"}
+    if get(raw, "dataset.train.rand_resize") not in (MISSING, None) and type_ in _U2PL_SIZES:
+        implied["dataset.train.resize_base_size"] = _U2PL_SIZES[type_]
+    for key, value in implied.items():
+        if get(raw, key) is MISSING:
+            with contextlib.suppress(ValueError):  # the section is none, which the reader will say
+                put(raw, key, value)
+            remarks.append(f"{key}: {show(value)}, as in U2PL's code")
 
 
 def _with_children(key: str, today: str, value: Any) -> Iterator[tuple[str, str]]:

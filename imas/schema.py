@@ -57,6 +57,7 @@ class StrongAug:
     type: Literal["pool", "narrow_pool", "jitter"] = "pool"
     num_augs: int = option(2, check=AT_LEAST_ONE)  # of the pools: operations of a view
     random_number: bool = False  # of the pools: 1 to num_augs operations, each number as often
+    cutout: bool = False  # noise in a box of half the views, which their pseudo label leaves out
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class TrainData:
     )
     crop: Crop | None = None
     strong_aug: StrongAug | None = None
+    pseudo_labels: str | None = None  # a folder of labels of the unlabeled images, for a method that reads such
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ class Net:
     encoder: Encoder = option()
     decoder: Decoder = option(Decoder)
     aux_loss: AuxLoss | None = None
+    embedding: int | None = option(None, check=AT_LEAST_ONE)  # width of a representation of each pixel, for U2PL
     sync_bn: bool = False
 
 

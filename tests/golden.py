@@ -62,7 +62,8 @@ def fill(model: nn.Module, salt: str = "", gain: float = 0.12) -> nn.Module:
         else:
             r = 0.1 * r
         tensor.copy_(r)
-    state["decoder.classifier.6.weight"].mul_(gain)
+    if "decoder.classifier.6.weight" in state:
+        state["decoder.classifier.6.weight"].mul_(gain)
     return model
 
 

@@ -16,6 +16,7 @@ from imas.engine.optim import param_groups
 from imas.methods import METHODS
 from imas.methods.base import Labeled, Method, Step, Unlabeled
 from imas.methods.imas import IMAS, HardnessOptions, Options
+from imas.methods.u2pl import Contrastive
 from imas.ops import mixing
 from imas.schema import Wants
 
@@ -255,6 +256,8 @@ CONTRACT = {
     "unimatch": {"threshold": 0.5},
     "augseg": {"threshold": 0.5, "extra_weak": True},
     "cps": {},
+    "u2pl": {"contrastive": Contrastive(low_rank=1, max_new_keys=20)},
+    "stpp": {},
 }
 
 

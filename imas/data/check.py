@@ -21,8 +21,9 @@ from ..schema import Config
 from .catalog import catalog_of, open_source
 from .dataset import need_same_size
 from .folder import IMAGES
+from .labels import label_path, open_labels
 from .lists import Lists, read_lists, val_root
-from .source import DataError, Source, upright_size
+from .source import DataError, FileSource, Source, upright_size
 
 log = logging.getLogger("imas")
 SHOWN = 10  # files named in a message
@@ -81,8 +82,8 @@ class Look(NamedTuple):
 
 
 def check_data(config: Config, training: bool = True) -> Lists:
-    """Before every run: read the lists, find every file, read every mask once, and the validation images. Of a labeled
-    image the size alone is read; an unlabeled one needs no mask, and has to be there.
+    """Before every run: read the lists, find every file, read every mask once, and the validation images. Of an image
+    that has a label or pseudo label the size is read; another one has to be there.
 
     Args:
         training: False looks at the validation images alone.
@@ -92,18 +93,31 @@ def check_data(config: Config, training: bool = True) -> Lists:
             training images are warned of instead.
     """
     lists = read_lists(config, training)
-    looks = {} if catalog_of(config.dataset).files is None else _looks(config, lists, {"labeled": "size", "val": "all"})
-    wrong = []
-    for list_name, finding in _unusable(config, looks).items():
-        if list_name == "val" or config.dataset.on_error == "stop":
-            wrong.append(finding.words())
-        else:
-            log.warning("%s\nOther samples will take their place (dataset.on_error: skip)", finding.words())
+    looks = _looks(config, lists, quick=True)
+    wrong = _shared(config, lists) if training and config.wants.pseudo_label else []
+    wrong += _refused(config, looks)
     for finding in (*_of_lists(config, lists), *_of_classes(config, looks)) if training else ():
         log.warning("%s", finding.words())
     if wrong:
         raise UserError("\n".join(wrong))
     return lists
+
+
+def unusable(config: Config, lists: Lists) -> list[str]:
+    """A sentence for each list with files that cannot be used; with ``dataset.on_error: skip`` a warning instead, but
+    for validation images.
+    """
+    return _refused(config, _looks(config, lists, quick=True))
+
+
+def _refused(config: Config, looks: dict[str, list[Look]]) -> list[str]:
+    wrong = []
+    for list_name, finding in _broken(config, looks).items():
+        if list_name == "val" or config.dataset.on_error == "stop":
+            wrong.append(finding.words())
+        else:
+            log.warning("%s\nOther samples will take their place (dataset.on_error: skip)", finding.words())
+    return wrong
 
 
 def examine(config: Config, lists: Lists, *, workers: int = _THREADS, limit: int | None = None) -> Health:
@@ -113,8 +127,8 @@ def examine(config: Config, lists: Lists, *, workers: int = _THREADS, limit: int
         workers: threads that read.
         limit: images of each list at most, evenly spread; None reads all.
     """
-    looks = _looks(config, lists, dict.fromkeys(lists.by_name(), "all"), workers, limit)
-    findings = [*_unusable(config, looks).values(), *_of_lists(config, lists)]
+    looks = _looks(config, lists, False, workers, limit)
+    findings = [*_broken(config, looks).values(), *_of_lists(config, lists)]
     findings += [*_of_classes(config, looks), *_of_pictures(config, looks)]
     return Health(findings, _table(config, lists, looks), _counted(lists, looks))
 
@@ -130,16 +144,23 @@ def _counted(lists: Lists, looks: dict[str, list[Look]]) -> str:
 
 
 def _looks(
-    config: Config, lists: Lists, how: dict[str, str], workers: int = _THREADS, limit: int | None = None
+    config: Config, lists: Lists, quick: bool, workers: int = _THREADS, limit: int | None = None
 ) -> dict[str, list[Look]]:
-    """The looks at all or ``limit`` images of each list. Masks are read wherever they are used.
+    """The looks at all or ``limit`` images of each list; masks are read wherever they are used.
 
     Args:
-        how: list → "all" or "size", what is read of its images.
+        quick: see ``check_data``; else all images are read.
     """
-    looks = {}
+    looks, dataset = {}, config.dataset
     for list_name, names in lists.by_name().items():
-        look = partial(_look, source_of(config, list_name), list_name != "unlabeled", how.get(list_name))
+        source = masks = source_of(config, list_name)
+        how = "size" if quick and list_name != "val" else "all"
+        if list_name == "unlabeled":
+            masks = None if dataset.train.pseudo_labels is None else open_labels(dataset, dataset.train.pseudo_labels)
+            how = None if quick and masks is None else how
+        if quick and catalog_of(dataset).files is None and masks in (source, None):
+            continue
+        look = partial(_look, source, masks, how)
         names = names[:: 1 if limit is None else max(1, len(names) // limit)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             shown = None if names else True  # None: on a terminal
@@ -153,13 +174,15 @@ def source_of(config: Config, list_name: str) -> Source:
     return open_source(config.dataset, val_root(config) if list_name == "val" else config.dataset.train.data_root)
 
 
-def _look(source: Source, masked: bool, how: str | None, name: str) -> Look:
+def _look(source: Source, masks: Source | None, how: str | None, name: str) -> Look:
     image = mask = size = None
     try:
-        if missing := source.missing([name], masked):
+        if missing := source.missing([name], masks is source):
             return Look(name, tuple(f"{path}: no such file" for path in missing))
-        mask = source.mask(name) if masked else None
-        if how == "all":
+        mask = None if masks is None else masks.mask(name)
+        if how == "size" and isinstance(source, FileSource):
+            size = upright_size(source.paths(name)[0])
+        elif how is not None:
             image = source.image(name)
             size = image.size
         elif how == "size":
@@ -175,14 +198,16 @@ def _look(source: Source, masked: bool, how: str | None, name: str) -> Look:
     return Look(name, (), size, counts, np.stack([pixels.mean(0), (pixels**2).mean(0)]))
 
 
-def _unusable(config: Config, looks: dict[str, list[Look]]) -> dict[str, Finding]:
+def _broken(config: Config, looks: dict[str, list[Look]]) -> dict[str, Finding]:
     """For each list with images that cannot be used, what is wrong with them."""
     findings = {}
     for list_name, seen in looks.items():
         broken = [look for look in seen if look.problems]
         if broken:
             meant = _meant(source_of(config, list_name), list_name != "unlabeled", broken[0].name)
-            text = f"{len(broken)} of the {len(seen)} {list_name} images cannot be used{meant}:"
+            folder = config.dataset.train.pseudo_labels if list_name == "unlabeled" else None
+            what = f"{list_name} images{folder and f' and their labels in {folder}' or ''}"
+            text = f"{len(broken)} of the {len(seen)} {what} cannot be used{meant}:"
             findings[list_name] = Finding(True, text, tuple(problem for look in broken for problem in look.problems))
     return findings
 
@@ -205,14 +230,10 @@ def _of_lists(config: Config, lists: Lists) -> list[Finding]:
         if repeated := tuple(name for name, count in Counter(names).items() if count > 1):
             text = f"{len(repeated)} names stand more than once in the {list_name} list:"
             findings.append(Finding(True, text, repeated))
-    same_root = val_root(config) == config.dataset.train.data_root
-    pairs = [("labeled", "unlabeled", False)]
-    pairs += [("labeled", "val", True), ("unlabeled", "val", True)] if same_root else []
-    for one, two, wrong in pairs:
-        if common := tuple(sorted(set(getattr(lists, one)) & set(getattr(lists, two)))):
-            text = f"{len(common)} images are both {one} and {two}"
-            text += ": the evaluation sees training images:" if wrong else ":"
-            findings.append(Finding(wrong, text, common))
+    for (one, two), common in _overlaps(config, lists).items():
+        text = f"{len(common)} images are both {one} and {two}"
+        text += ": the evaluation sees training images:" if two == "val" else ":"
+        findings.append(Finding(two == "val" or config.wants.pseudo_label, text, common))
     for list_name in ("labeled", "unlabeled"):
         if copies := _copies(config, lists, list_name):
             text = f"{len(copies)} {list_name} images are val images under another name, the same bytes:"
@@ -245,6 +266,28 @@ def _fingerprint(path: Path) -> tuple[int, bytes] | None:
         size = file.seek(0, os.SEEK_END)
         file.seek(size // 2)
         return size, file.read(_COMPARED)
+
+
+def _overlaps(config: Config, lists: Lists) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The images that two lists share; a validation list is of the same images only below the same root."""
+    pairs = [("labeled", "unlabeled")]
+    if val_root(config) == config.dataset.train.data_root:
+        pairs += [("labeled", "val"), ("unlabeled", "val")]
+    common = {pair: set.intersection(*(set(getattr(lists, name)) for name in pair)) for pair in pairs}
+    return {pair: tuple(sorted(names)) for pair, names in common.items() if names}
+
+
+def _shared(config: Config, lists: Lists) -> list[str]:
+    """What is wrong with unlabeled images that get pseudo labels: each needs a file of its own, and no true label."""
+    files = Counter(str(label_path(Path(), name)) for name in lists.unlabeled)
+    twice = tuple(path for path, count in files.items() if count > 1)
+    found = {"more than once in the unlabeled list, or with names of one label file": twice} if twice else {}
+    pairs = _overlaps(config, lists).items()
+    found |= {f"both {one} and {two}": names for (one, two), names in pairs if "unlabeled" in (one, two)}
+    return [
+        Finding(True, f"{len(names)} images are {what}; unlabeled images get pseudo labels:", names).words()
+        for what, names in found.items()
+    ]
 
 
 def _of_classes(config: Config, looks: dict[str, list[Look]]) -> list[Finding]:

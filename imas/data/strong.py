@@ -104,6 +104,30 @@ def _jitter(image: Image.Image, options: StrongAug, rng: np.random.Generator) ->
     return image
 
 
+def cutout_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A box inside an image, as (top, bottom, left, right): a share of 0.02 to 0.4 of its area and an aspect of 0.3 to
+    1/0.3, uniform but for boxes that reach outside, which are drawn anew: the area, too, unlike in ``mixing.area_box``
+    (ST++).
+    """
+    while True:
+        area, aspect = rng.uniform(0.02, 0.4) * height * width, rng.uniform(0.3, 1 / 0.3)
+        across, down = int(math.sqrt(area / aspect)), int(math.sqrt(area * aspect))
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        if left + across <= width and top + down <= height:
+            return top, top + down, left, left + across
+
+
+def cutout(
+    image: Image.Image, label: Image.Image, ignore_index: int, rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
+    """Copies of an RGB image with uniform noise in a box, and of its label with ``ignore_index`` there."""
+    pixels, labels = np.array(image), np.array(label)
+    top, bottom, left, right = cutout_box(*labels.shape, rng)
+    pixels[top:bottom, left:right] = rng.uniform(0, 255, (bottom - top, right - left, 3)).astype(np.uint8)
+    labels[top:bottom, left:right] = ignore_index
+    return Image.fromarray(pixels), Image.fromarray(labels)
+
+
 # ``dataset.train.strong_aug.type`` → (image, options, rng) → image
 KINDS: dict[str, Callable[[Image.Image, StrongAug, np.random.Generator], Image.Image]] = {
     "pool": _pool,

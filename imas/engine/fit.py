@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def fit(
     resumed_from: Path | None = None,
     by_hand: bool = False,
     momentum: tuple[Path, str] | None = None,
+    keep: Collection[int] = (),
 ) -> None:
     """Train, evaluate, log and save.
 
@@ -58,6 +59,7 @@ def fit(
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
         by_hand: that file was named, so that a run goes on from it with another recipe, too.
         momentum: a checkpoint of another method and the network whose momentum is taken from there.
+        keep: numbers of epochs, from 1, after which the trained networks are saved to stay (``checkpoint.kept``).
 
     Raises:
         NonFiniteLoss: naming the iteration and the losses.
@@ -78,10 +80,10 @@ def fit(
     with interruptible() as run.interruption, contextlib.ExitStack() as stack:
         if resumed_from is not None:
             resume(run, resumed_from, by_hand)
-        _run_all(run, stack)
+        _run_all(run, keep, stack)
 
 
-def _run_all(run: Run, stack: contextlib.ExitStack) -> None:
+def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> None:
     """Every epoch, and its end; ``stack`` closes what is opened, however the run ends."""
     config, method, data = run.config, run.method, run.data
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
@@ -117,6 +119,9 @@ def _run_all(run: Run, stack: contextlib.ExitStack) -> None:
         for warning in health.look({"epoch": epoch} | row):
             run_log.warn(epoch, warning)
         run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
+        if epoch + 1 in keep and distributed.is_main():  # first: a run that is cut off in between repeats the epoch
+            state = {"epoch": epoch + 1, **checkpoint.network_states(method.trained()), "config": config.to_dict()}
+            checkpoint.save(state, config.snapshot_dir / checkpoint.kept(epoch + 1))
         if evaluates:
             save(run, improved)
         if run_log.writer is not None and run.pictures_due():

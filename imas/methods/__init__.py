@@ -8,7 +8,9 @@ from .cps import CPS
 from .fixmatch import FixMatch
 from .imas import IMAS
 from .psmt import PSMT
+from .stpp import STPP
 from .sup_only import SupOnly
+from .u2pl import U2PL
 from .unimatch import UniMatch
 
 METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
@@ -19,5 +21,7 @@ METHODS: dict[str, type[Method]] = {  # by the name of its section in a YAML
     "augseg": AugSeg,
     "cps": CPS,
     "psmt": PSMT,
+    "u2pl": U2PL,
+    "stpp": STPP,
 }
 DEFAULT = "sup_only"  # of a file without such a section

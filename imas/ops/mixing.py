@@ -177,6 +177,30 @@ def toggled_mask(batch: int, height: int, width: int, generator: torch.Generator
     return toggled_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:])
 
 
+def half_boxes(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """A box of half of the image's area in each image (U2PL).
+
+    Returns:
+        (B, 4) int64 on the CPU: top, left, and behind the last row and column.
+    """
+    boxes = []
+    for _ in range(batch):
+        box_width = int(torch.randint(int(width / 2 + 1), width, (), generator=generator))
+        box_height = round(height * width / 2 / box_width)
+        top = int(torch.randint(height - box_height + 1, (), generator=generator))
+        left = int(torch.randint(width - box_width + 1, (), generator=generator))
+        boxes.append([top, left, top + box_height, left + box_width])
+    return torch.tensor(boxes)
+
+
+def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """``half_boxes`` → (B, H, W) bool, True inside, on the device of the boxes."""
+    top, left, bottom, right = boxes.view(-1, 4, 1, 1).unbind(1)
+    y = torch.arange(height, device=boxes.device).view(1, -1, 1)
+    x = torch.arange(width, device=boxes.device).view(1, 1, -1)
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
 def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
     """``base`` with each image's box taken from its partner: (B, …, H, W), (B,) int64, (B, H, W) bool."""
     return put(base, base[partner], mask)
