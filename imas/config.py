@@ -207,7 +207,11 @@ def _check_classes(config: Config, reader: Reader) -> None:
     if given != expected:
         reader.error("net.num_classes", f"{dataset.type} has {expected} classes, got {given}")
     if dataset.ignore_label < given:
-        reader.error("dataset.ignore_label", f"{dataset.ignore_label} is one of the {given} classes")
+        reader.error(
+            "dataset.ignore_label",
+            f"{dataset.ignore_label} is one of the {given} classes. Where masks mean 'leave out' by 0 (ADE20K), save "
+            "them less 1, as 8-bit numbers: 0 becomes 255, and the classes begin with 0",
+        )
 
 
 def _check_method(config: Config, reader: Reader) -> None:
@@ -239,6 +243,8 @@ def _check_schedule(config: Config, reader: Reader) -> None:
 
 def _check_data(config: Config, reader: Reader) -> None:
     dataset, train, catalog = config.dataset, config.dataset.train, catalog_of(config.dataset)
+    if train.batch_size == 1 and not config.net.sync_bn:
+        reader.error("dataset.train.batch_size", "BatchNorm cannot train on 1 image; expected 2 or more")
     if train.rand_resize is not None and train.resize_base_size is None:
         reader.error("dataset.train.resize_base_size", "missing; dataset.train.rand_resize needs it")
     if not config.wants.pseudo_label:
