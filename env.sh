@@ -34,6 +34,11 @@ if ! satisfied "$PYTHON"; then
     SYSTEM_PYTHON=$PYTHON
     PYTHON=$PWD/.venv/bin/python
     if ! satisfied "$PYTHON"; then
+        # One set-up at a time: the tasks of a node wait for the first. The lock is of this shell's file number 9.
+        exec 9> .venv.lock
+        "$SYSTEM_PYTHON" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' || echo "no lock on this file system" >&2
+    fi
+    if ! satisfied "$PYTHON"; then
         echo "Setting up .venv from requirements.txt, once: some minutes, about 5 GB."
         [ -x "$PYTHON" ] || "$SYSTEM_PYTHON" -m venv .venv || {
             echo "error: could not make .venv (on Debian and Ubuntu: apt install python3-venv)" >&2
@@ -48,4 +53,5 @@ if ! satisfied "$PYTHON"; then
             exit 2
         }
     fi
+    exec 9>&-
 fi

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from .errors import UserError
 
 log = logging.getLogger("imas")
 
 _PATIENCE = timedelta(minutes=10)  # with a rank that does not come, or does not answer
-_AHEAD = 4  # iterations that no rank's host is ahead of another's
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+_CHECKING = timedelta(hours=1)  # the same with rank 0, which looks at all data before it comes
+_AHEAD = {"gloo": 1, "nccl": 2}  # of an iteration that a rank is about to begin, the next that no rank can have begun
+_PAIRS = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")  # in gloo's messages
+_SHOWN = 6
+_NVIDIA = Path("/dev")  # where the driver's devices are
 _store: dist.Store | None = None  # of the processes, while they are joined
+
+
+def for_summary(main: Callable[[], None]) -> Callable[[], None]:
+    """A script's ``main``, whose error stands in torchrun's summary where torchrun has started it."""
+    return record(main) if "TORCHELASTIC_ERROR_FILE" in os.environ else main
 
 
 def read_launcher() -> None:
@@ -41,7 +54,8 @@ def read_launcher() -> None:
     environment["WORLD_SIZE"] = tasks
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
-    environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
+    number = int(environment["SLURM_JOB_ID"]) + 7919 * int(environment.get("SLURM_STEP_ID", 0))  # of each step its own
+    environment.setdefault("MASTER_PORT", str(20_000 + number % 20_000))
 
 
 def _need(names: tuple[str, ...], given: str, launcher: str) -> None:
@@ -84,38 +98,72 @@ def process_group() -> Iterator[torch.device]:
     NCCL on CUDA, gloo on the CPU. The device follows LOCAL_RANK.
 
     Raises:
-        UserError: too few GPUs, a port in use, a rank that does not come, ranks with other versions.
+        UserError: CUDA that cannot be used, too few GPUs, a port in use, a rank that does not come or comes twice,
+            ranks with other versions.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local}, but {platform.node()} has {torch.cuda.device_count()} GPU(s): start as many "
-                "processes a node as it has GPUs (NGPU, --nproc_per_node, --ntasks-per-node)"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    device = _device()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
-    _join("nccl" if device.type == "cuda" else "gloo")
+    _join(device)
     try:
-        _compare_versions()
+        agree({"python": platform.python_version(), "torch": torch.__version__})
         yield device
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistBackendError) or "gloo" in str(error)
-        if not lost:
+        _leave(failed=True)
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _PAIRS):
             raise
         raise UserError(
-            f"rank {rank()} lost the others: one of them has ended, or did not answer for {_PATIENCE.seconds // 60} "
-            f"minutes; the cause stands in its output ({str(error).splitlines()[0]})"
+            f"lost the others: one of them has ended, or did not answer for {_PATIENCE.seconds // 60} minutes; the "
+            f"cause stands in its output ({str(error).splitlines()[0]})"
         ) from None
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        _leave(failed=True)
+        raise
+    _leave(failed=False)
 
 
-def _join(backend: str) -> None:
+def _device() -> torch.device:
+    """This process's GPU, by LOCAL_RANK; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        _refuse_unusable_cuda()
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("SLURM_LOCALID") == str(local):
+        local = 0  # srun --gpus-per-task=1: each task sees its own GPU alone
+    if local >= count:
+        raise UserError(
+            f"local rank {local}, but {platform.node()} has {count} GPU(s): start as many processes a node as it has "
+            "GPUs (NGPU, --nproc_per_node, --ntasks-per-node)"
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _refuse_unusable_cuda() -> None:
+    """A run that was given GPUs does not train on the CPU instead, which would take months."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    given = [name for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE") if os.environ.get(name)]
+    if torch.version.cuda is None or visible in ("", "-1"):
+        return
+    if visible is not None:
+        given.insert(0, "CUDA_VISIBLE_DEVICES")
+    signs = [f"{name}={os.environ[name]}" for name in given] + list(map(str, _NVIDIA.glob("nvidia[0-9]*")))
+    if not signs:
+        return
+    try:
+        torch.cuda.init()
+        reason = "no device was found"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(
+        f"there is a GPU ({signs[0]}), but torch {torch.__version__} cannot use it: {reason}. Mend the driver, or "
+        "install a torch made for it; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+    )
+
+
+def _join(device: torch.device) -> None:
     """Meet the other ranks at MASTER_ADDR:MASTER_PORT."""
     global _store
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -124,33 +172,77 @@ def _join(backend: str) -> None:
         "rank %s of %s waits for the others at %s, %d minutes at most", number, world, where, _PATIENCE.seconds // 60
     )
     try:
-        store, number, world = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        patience = _PATIENCE if is_main() else _CHECKING
+        store, number, world = next(dist.rendezvous("env://", timeout=patience))
         _store = dist.PrefixStore(f"attempt {_attempt()}", store)
-        dist.init_process_group(backend, store=_store, rank=number, world_size=world, timeout=_PATIENCE)
-    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+        _come_once(number)
+        _store.wait(["rank 0"], _CHECKING)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=_store, rank=number, world_size=world,
+            timeout=_PATIENCE, device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         hint = (
             "that port is in use: choose another MASTER_PORT (--rdzv-endpoint)"
             if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
             else f"did all {os.environ['WORLD_SIZE']} ranks start, can they reach that address, does its port pass?"
         )
-        raise UserError(f"rank {os.environ.get('RANK')} cannot join the others at {where}: {hint} ({reason})") from None
+        raise UserError(f"cannot join the others at {where}: {hint} ({reason})") from None
+
+
+def _come_once(number: int) -> None:
+    """Two runs at one address would take each other's ranks for their own."""
+    me = f"{platform.node()}, pid {os.getpid()}"
+    there = _store.compare_set(f"rank {number}", "", me).decode()
+    if there != me:
+        raise UserError(
+            f"rank {number} is here already ({there}): another run uses this address, so choose another MASTER_PORT "
+            "(RDZV_ENDPOINT, RDZV_ID); or, after a restart on several nodes, an earlier attempt has left it, so start "
+            "torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as single_run.sh does"
+        )
+
+
+def _leave(failed: bool) -> None:
+    """Leave the others. NCCL may wait for ranks that never come: after a failure it ends once the cause is printed."""
+    if failed and dist.get_backend() == "nccl":
+        atexit.register(getattr(dist.distributed_c10d, "_abort_process_group", dist.destroy_process_group))
+    else:
+        dist.destroy_process_group()
 
 
 def _attempt() -> str:
     """Which restart of torchrun this is. On one node all of them share a store, and what the last one left in it would
-    stop or hang this one; several nodes make a new store each time, and count by themselves.
+    stop or hang this one. Several nodes count by themselves; ``single_run.sh`` makes them begin with a new store.
     """
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
 
 
-def _compare_versions() -> None:
-    """Ranks with other versions compute other things, or hang."""
-    mine = {"python": platform.python_version(), "torch": torch.__version__}
-    everyone = gather((platform.node(), mine))
-    if any(versions != mine for _, versions in everyone):
-        lines = "\n".join(f"  rank {number} on {host}: {versions}" for number, (host, versions) in enumerate(everyone))
-        raise UserError(f"the ranks have different versions:\n{lines}")
+def agree(run: Mapping[str, Any]) -> None:
+    """See that this is the same on all ranks, which otherwise compute other things, hang, or are of two runs.
+
+    Raises:
+        UserError: on every rank, naming what differs, with ranks and hosts.
+    """
+    everyone = gather((platform.node(), dict(run)))
+    first = everyone[0][1]
+    names = dict.fromkeys(name for _, each in everyone for name in each)
+    different = [name for name in names if any(each.get(name) != first.get(name) for _, each in everyone)]
+    if not different:
+        return
+    lines = []
+    for name in different[:_SHOWN]:
+        values: dict[str, list[str]] = {}
+        for number, (host, each) in enumerate(everyone):
+            values.setdefault(str(each.get(name)), []).append(f"rank {number} on {host}")
+        told = (f"{value} ({', '.join(ranks[:2])}{', ...' * (len(ranks) > 2)})" for value, ranks in values.items())
+        lines.append(f"{name}: {' / '.join(told)}")
+    if len(different) > _SHOWN:
+        lines.append(f"and {len(different) - _SHOWN} more")
+    raise UserError(
+        f"the ranks differ, so nothing is trained: {'; '.join(lines)}. Start all of them by one command, in one "
+        "environment, with one run folder"
+    )
 
 
 def devices() -> list[str]:
@@ -178,13 +270,30 @@ def is_main() -> bool:
 
 
 def announce(iteration: int) -> None:
-    """Tell all ranks, from any of them, that they are to stop soon after this iteration, all before the same one."""
-    _store.compare_set("imas/stop", "", str(iteration + _AHEAD))
+    """Tell all ranks, from one that is about to begin this iteration, before which one all of them stop.
+
+    On gloo no rank is beyond this iteration, whose gradients need this one; on NCCL none is beyond the next (``Pace``).
+    """
+    _store.compare_set("imas/stop", "", str(iteration + _AHEAD[dist.get_backend()]))
 
 
 def announced() -> int | None:
     """The iteration before which all ranks stop, if one was announced."""
     return int(_store.get("imas/stop")) if _store.check(["imas/stop"]) else None
+
+
+class Pace:
+    """Called after every update: keeps the host at most one update ahead of its GPU, so that ranks stay close."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.events: deque[torch.cuda.Event] | None = deque() if device.type == "cuda" and world_size() > 1 else None
+
+    def __call__(self) -> None:
+        if self.events is not None:
+            self.events.append(torch.cuda.Event())
+            self.events[-1].record()
+            if len(self.events) > 1:
+                self.events.popleft().synchronize()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -195,15 +304,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def wrap(module: nn.Module, device: torch.device, sync_bn: bool) -> nn.Module:
     """The module in DistributedDataParallel where there are several processes, else as it is.
 
-    ``sync_bn`` needs several CUDA processes, too; elsewhere BatchNorm stays plain.
+    All ranks begin with the parameters and buffers of rank 0. Its buffers go to all before each forward, too, but not
+    with ``sync_bn``, where all compute the same.
     """
-    if sync_bn and (world_size() == 1 or device.type != "cuda"):
-        log.info("net.sync_bn: plain BatchNorm, since it needs several CUDA processes")
     if world_size() == 1:
         return module
-    if sync_bn and device.type == "cuda":
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return nn.parallel.DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    devices = [device.index] if device.type == "cuda" else None
+    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = not sync_bn  # as an argument it would leave them unequal at the beginning
+    return wrapped
 
 
 def gradients_shared(wrapped: nn.Module, share: bool) -> AbstractContextManager:
@@ -250,6 +359,13 @@ def concat(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def gather_rows(row: Tensor) -> Tensor:
+    """Every rank's (N,) tensor as a row, on every rank: (ranks, N)."""
+    rows = [torch.empty_like(row) for _ in range(world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
 
 
 def gather(value: Any) -> list[Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import platform
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 _NO_MEMORY = (
     "the GPU is out of memory. trainer.amp: bf16, trainer.checkpoint_encoder: true, or a smaller "
@@ -61,14 +63,12 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        _end(str(error), error.status)
     except OSError as error:
         if error.errno not in _DISK:
             raise
         what = "cannot be read or written" if error.errno == errno.EACCES else "cannot be written"
-        print(f"error: {error.filename or 'the output folder'}: {what} ({error.strerror})", file=sys.stderr)
-        sys.exit(UserError.status)
+        _end(f"{error.filename or 'the output folder'}: {what} ({error.strerror})", UserError.status)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1:] or [""]
         if type(error).__name__ == "OutOfMemoryError":  # torch's; this file does not import torch
@@ -77,5 +77,12 @@ def run_script(main: Callable[[], None]) -> None:
             sentence = _WORKERS
         else:
             raise
-        print(f"error: {sentence} ({reason[0]})", file=sys.stderr)
-        sys.exit(UserError.status)
+        _end(f"{sentence} ({reason[0]})", UserError.status)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """With several processes the message tells whose it is."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    who = f"rank {os.environ.get('RANK')} on {platform.node()}: " if several else ""
+    print(f"error: {who}{message}", file=sys.stderr)
+    sys.exit(status)

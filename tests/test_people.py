@@ -216,7 +216,6 @@ def test_a_label_above_the_classes_may_mean_leave_out(tmp_path: Path) -> None:
             {"dataset.folder.palette": "[[0, 0, 0], [1, 1, 1], [2, 2, 2]]", "dataset.folder.ignore_colour": "[0,0,0]"},
             r"palette: \[\[0, 0, 0\]\] stands for .*ignore_colour",
         ),
-        ({"dataset.train.batch_size": 1}, "dataset.train.batch_size: BatchNorm cannot train on 1 image"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_cannot_be_meant(tmp_path: Path, options: dict, message: str) -> None:

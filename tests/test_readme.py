@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def _commands() -> list[Command]:
 COMMANDS = _commands()
 STUBS = {
     "python3": """case $1 in -) cat > /dev/null ;; -c) echo 0 ;; *) echo "$*" >> "$STARTED" ;; esac""",
-    "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; SLURM_STEP_NUM_TASKS=4 exec "$@"',
+    "srun": 'while [ "${1#-}" != "$1" ] || [ "$1" = 4 ]; do shift; done; SLURM_STEP_NUM_TASKS=4 exec "$@"',
 }
 
 
@@ -172,17 +173,90 @@ def test_single_run_counts_gpus_and_nodes(project: Path) -> None:
     script = "sh single_run.sh exps/mine/config.yaml --seed 3"
     plain = "train_semi.py --config exps/mine/config.yaml --seed 3"
     run_on = "-m torch.distributed.run"
+    nodes = "NNODES={} RDZV_ENDPOINT=a:1 RDZV_ID=x NGPU=8"
+    meeting = "--rdzv_backend=c10d --rdzv_endpoint=a:1 --rdzv_id=x --nproc_per_node=8"
     cases = {
         script: plain,
         f"NGPU=1 {script}": plain,
         f"NGPU=4 {script}": f"{run_on} --standalone --nproc_per_node=4 --max_restarts=0 {plain}",
-        f"RESTARTS=3 {script}": f"{run_on} --standalone --nproc_per_node=1 --max_restarts=3 {plain}",
-        f"NNODES=2 RDZV_ENDPOINT=a:1 NGPU=8 {script}": f"{run_on} --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=a:1 "
-        f"--rdzv_id=imas --nproc_per_node=8 --max_restarts=0 {plain}",
+        f"RESTARTS=3 {script}": f"{run_on} --standalone --nproc_per_node=1 --max_restarts=3 train_semi.py "
+        "--config exps/mine/config.yaml --resume auto --seed 3",
+        f"{nodes.format('2')} {script}": f"{run_on} --nnodes=2 {meeting} --max_restarts=0 {plain}",
+        f"{nodes.format('1:2')} {script}": f"{run_on} --nnodes=1:2 {meeting} --max_restarts=0 {plain}",
+        f"{nodes.format('2')} srun -n 4 {script}": f"{run_on} --nnodes=2 {meeting} --max_restarts=0 {plain}",
         f"srun --ntasks-per-node=4 {script}": plain,
     }
     for command, expected in cases.items():
         assert _started(command, project) == [expected.split()], command
+
+
+def test_runs_of_other_words_or_jobs_do_not_meet(project: Path) -> None:
+    words = "NNODES=2 NGPU=1 RDZV_ENDPOINT=a:1 sh single_run.sh exps/mine/config.yaml"
+    commands = (f"{words} --seed 1", f"{words} --seed 2", f"SLURM_JOB_ID=7 {words} --seed 1", f"{words} --seed 1")
+    one, two, three, again = (
+        next(word for word in _started(command, project)[0] if word.startswith("--rdzv_id=")) for command in commands
+    )
+    assert len({one, two, three}) == 3 and one == again
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("NGPU=abc", "NGPU=abc: expected a whole number from 1 on"),
+        ("NGPU=0", "NGPU=0: expected a whole number from 1 on"),
+        ("RESTARTS=-1", "RESTARTS=-1: expected a whole number from 0 on"),
+        ("NNODES=two", "NNODES=two: expected a whole number from 1 on"),
+        ("NNODES=1:", "NNODES=: expected a whole number from 2 on"),
+        ("NNODES=2", "NNODES=2 needs RDZV_ENDPOINT=host:port, the same on every node"),
+    ],
+)
+def test_single_run_refuses_wrong_values(project: Path, settings: str, says: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(says)):
+        _started(f"{settings} sh single_run.sh exps/mine/config.yaml", project)
+
+
+def test_paths_after_single_run_are_the_callers(project: Path, tmp_path: Path) -> None:
+    """Called from another folder: the YAML from there, else of the project; --out and --resume always from there."""
+    (tmp_path / "own.yaml").touch()
+    called = f"cd {tmp_path} && sh {project}/single_run.sh"
+    cases = {
+        f"{called} own.yaml --out runs --seed 3": f"{tmp_path}/own.yaml --out {tmp_path}/runs --seed 3",
+        f"{called} own.yaml --out=runs --seed 3": f"{tmp_path}/own.yaml --out={tmp_path}/runs --seed 3",
+        f"{called} {tmp_path}/own.yaml --out /runs --resume auto": f"{tmp_path}/own.yaml --out /runs --resume auto",
+        f"{called} exps/mine/config.yaml --resume a.pth": f"exps/mine/config.yaml --resume {tmp_path}/a.pth",
+        f"{called} own.yaml --set dataset.cache=true": f"{tmp_path}/own.yaml --set dataset.cache=true",
+    }
+    for command, expected in cases.items():
+        assert _started(command, project) == [f"train_semi.py --config {expected}".split()], command
+
+
+def test_two_first_starts_set_up_once(tmp_path: Path) -> None:
+    """An interpreter that lacks the packages, until the stub of pip has taken its time."""
+    (tmp_path / "stubs").mkdir()
+    stub = tmp_path / "stubs" / "python3"
+    stub.write_text(
+        f"""#!/bin/sh
+case "$1 $2" in
+"- requirements.txt") cat > /dev/null; case $0 in *.venv*) [ -e satisfied ] ;; *) exit 1 ;; esac ;;
+"-c "*) case $2 in *fcntl*) exec {sys.executable} "$@" ;; esac ;;
+"-m venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+"-m pip") echo pip >> pips; sleep 0.5; touch satisfied ;;
+esac
+"""
+    )
+    stub.chmod(0o755)
+    shutil.copy(ROOT / "env.sh", tmp_path)
+    environment = {"PATH": f"{tmp_path / 'stubs'}:/usr/bin:/bin"}
+    starts = [
+        subprocess.Popen(
+            ["sh", "-ec", ". ./env.sh; echo $PYTHON"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE
+        )
+        for _ in range(3)
+    ]
+    for each in starts:
+        out, _ = each.communicate(timeout=20)
+        assert each.returncode == 0 and out.decode().splitlines()[-1] == f"{tmp_path}/.venv/bin/python"
+    assert (tmp_path / "pips").read_text() == "pip\n"
 
 
 def test_ci_runs_the_test_command() -> None:

@@ -70,14 +70,14 @@ def test_sup_only_trains_and_has_no_teacher(experiment: Callable[..., Path]) -> 
     config = experiment(
         dataset={
             "type": "shapes",
-            "train": {"batch_size": 2, "strong_aug": {"labeled": True}, "epoch_size": 6},
+            "train": {"batch_size": 2, "strong_aug": {}, "epoch_size": 6},
             "shapes": {"size": 32, "labeled": 4, "val": 3},
             "val": {"crop": {"size": 48}},
             "workers": 0,
         },
         trainer={"epochs": 2, "eval_every": 2, "optimizer": {"kwargs": {"lr": 0.02}}},
     )
-    trained = run("train_semi.py", "--config", config)
+    trained = run("train_semi.py", "--config", config, "--set", "sup_only={strong_views: true}")
     assert trained.returncode == 0, trained.stderr
     assert "2 epochs of 3 iterations" in trained.stdout
     state = torch.load(config.parent / "checkpoints" / "ckpt.pth", weights_only=True)

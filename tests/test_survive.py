@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
 import random
 import resource
@@ -14,6 +17,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +26,14 @@ from conftest import ROOT, TINY, Forked, run, run_ranks, start
 
 import train_semi
 from benchmarks import survive
-from imas import distributed
+from imas import distributed, load_config
+from imas.data.dataset import Draw
+from imas.data.lists import read_lists
+from imas.data.loaders import TrainingData
 from imas.engine import checkpoint, lock
+from imas.engine.checkpoint import Resumed
 from imas.engine.interrupt import Interrupted, Interruption, interruptible
+from imas.engine.run import resume
 from imas.errors import UserError
 
 Experiment = Callable[..., Path]
@@ -148,16 +157,202 @@ def test_a_failing_rank_ends_all_within_seconds(experiment: Experiment) -> None:
 
 
 def test_another_number_of_processes_goes_on_from_an_epochs_end(experiment: Experiment) -> None:
-    """And says that it is no longer the same run; within an epoch it is refused."""
+    """And says that it is no longer the same run."""
     config = experiment(dataset=LONG)
     assert run("train_semi.py", "--config", config, "--set", "trainer.epochs=2").returncode == 0
     resumed, _ = run_ranks("train_semi.py", "--config", config)
     assert resumed.returncode == 0, resumed.stderr
     assert "no longer bitwise the same run" in resumed.stdout and "epoch 2: teacher" in resumed.stdout
-    state = _state(config)
-    torch.save(state | {"epoch": 1, "step": 3, "partial": None}, config.parent / "checkpoints" / "ckpt.pth")
-    refused = run("train_semi.py", "--config", config, "--set", "dataset.train.batch_size=2")
-    assert refused.returncode == 2 and "Continue it as it was, or from the end of an epoch" in refused.stderr
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("step", [1, 5, 9, 10])
+def test_another_number_of_processes_within_an_epoch(
+    experiment: Experiment, caplog: pytest.LogCaptureFixture, before: int, after: int, step: int
+) -> None:
+    """The images of the updates done are the first of the epoch's order, on any number of processes: the rest follows,
+    without one that is left out, and with less than an update's seen twice."""
+    config = load_config(experiment(dataset=LONG))
+    lists = read_lists(config)
+
+    def draws(world: int, start: int) -> list[Draw]:
+        samplers = [TrainingData(config, lists, 0, rank, world).labeled_sampler for rank in range(world)]
+        for sampler in samplers:
+            sampler.epoch, sampler.start = 1, start
+        return [draw for updates in zip(*samplers) for update in updates for draw in update]
+
+    step = step * 2 // before  # of 20 or 10 updates
+    seen = draws(before, 0)[: step * 4 * before]
+    found = Resumed(1, None, step, 20 // before, 4 * before, before, {"metrics": [], "scores": [[]] * before})
+    run = SimpleNamespace(
+        config=config,
+        data=range(20 // after),
+        method=None,
+        optimizer=None,
+        seed=0,
+        meter=SimpleNamespace(),
+        device="cpu",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "resume", lambda *_: found)
+        patch.setattr(distributed, "world_size", lambda: after)
+        caplog.set_level(logging.INFO, "imas")
+        logging.getLogger("imas").propagate = True
+        resume(run, Path("ckpt.pth"))
+    rest = draws(after, run.step)
+    again = len(seen) + len(rest) - 80
+    assert 0 <= again < 4 * after and set(seen) | set(rest) == set(draws(1, 0))
+    assert f"of the {len(seen)} images seen the last {again} are seen again" in caplog.text
+
+
+# What makes the ranks one run
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--seed", "1"), "seed: 0 (rank 0 on {host}) / 1 (rank 1 on {host})"),
+        (
+            ("--set", "trainer.optimizer.kwargs.lr=0.5"),
+            "trainer.optimizer.kwargs.lr: 0.02 (rank 0 on {host}) / 0.5 (rank 1",
+        ),
+        (("--set", "dataset.shapes.unlabeled=12"), "unlabeled list: 16 images, "),
+        (("--out", "elsewhere"), "run folder: "),
+    ],
+)
+def test_ranks_of_two_runs_do_not_train_together(
+    experiment: Experiment, tmp_path: Path, words: tuple[str, ...], says: str
+) -> None:
+    config, folder = experiment(), tmp_path / "elsewhere"
+    words = tuple(str(folder) if word == "elsewhere" else word for word in words)
+    ended = run_ranks("train_semi.py", "--config", config, of_rank_1=words)
+    assert [each.returncode for each in ended] == [2, 2]
+    for rank, each in enumerate(ended):
+        assert f"error: rank {rank} on {socket.gethostname()}: the ranks differ, so nothing is trained: " in each.stderr
+        assert says.format(host=socket.gethostname()) in each.stderr and "Traceback" not in each.stderr
+    assert not (config.parent / "log").exists() and not folder.exists()
+
+
+def test_ranks_that_resume_from_different_states_do_not_train(experiment: Experiment, tmp_path: Path) -> None:
+    """As where nodes do not share the folder, or see an old listing of it: rank 1 finds no checkpoint."""
+    config = experiment()
+    assert run("train_semi.py", "--config", config, "--set", "trainer.epochs=2").returncode == 0
+    script = tmp_path / "blind.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys; sys.path.insert(0, {str(ROOT)!r})
+        import train_semi
+        from imas.engine import checkpoint
+        from imas.errors import run_script
+        if os.environ["RANK"] == "1":
+            checkpoint.find_checkpoint = lambda folder, resume: None
+        run_script(train_semi.main)
+        """)
+    )
+    ended = run_ranks(script, "--config", config)
+    host = socket.gethostname()
+    assert [each.returncode for each in ended] == [2, 2]
+    assert f"checkpoint: ckpt.pth (rank 0 on {host}) / none (rank 1 on {host})" in ended[0].stderr
+
+
+def test_a_rank_that_comes_twice_is_refused(experiment: Experiment) -> None:
+    """Two runs on one address: no rank of one trains with a rank of the other."""
+    config, other = experiment(), experiment("other")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    first = start("train_semi.py", "--config", config, RANK="1", **where)
+    second = start("train_semi.py", "--config", other, "--seed", "1", RANK="1", **where)
+    main = start("train_semi.py", "--config", config, RANK="0", **where)
+    ended = [(process.communicate(timeout=120), process.returncode) for process in (first, second, main)]
+    errors = "".join(err for (_, err), _ in ended)
+    assert "rank 1 is here already (" in errors and 2 in (ended[0][1], ended[1][1])
+    assert ended[1][1] != 0  # it has no rank 0 of its own
+    assert ended[2][1] == ended[0][1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    logging.getLogger("imas").propagate = True
+    lock.hold(tmp_path).close()
+    assert f"this file system has no locks ({os.strerror(number)})" in caplog.text
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: refuse_held())
+    with pytest.raises(UserError, match="in use by another live run"):
+        lock.hold(tmp_path)
+
+
+def refuse_held() -> None:
+    raise OSError(errno.EAGAIN, "")
+
+
+def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun --gpus-per-task=1; under torchrun, too few GPUs are refused."""
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.setenv(name, "3")
+    with distributed.process_group() as device:
+        assert device == torch.device("cuda", 0) and taken == [device]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(UserError, match=r"local rank 3, but .* has 1 GPU\(s\)"), distributed.process_group():
+        pass
+
+
+@pytest.mark.parametrize("sign", ["CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "device"])
+def test_cuda_that_cannot_be_used_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sign: str) -> None:
+    def old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", old)
+    monkeypatch.setattr(distributed, "_NVIDIA", tmp_path)
+    for name in ("WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with distributed.process_group() as device:
+        assert device == torch.device("cpu")  # a machine without a GPU
+    if sign == "device":
+        (tmp_path / "nvidia0").touch()
+    else:
+        monkeypatch.setenv(sign, "2")
+    with pytest.raises(UserError, match="there is a GPU .* cannot use it: The NVIDIA driver on your system is too old"):
+        with distributed.process_group():
+            pass
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with distributed.process_group() as device:
+        assert device == torch.device("cpu")
+
+
+def test_one_image_a_batch_is_refused(experiment: Experiment) -> None:
+    with pytest.raises(UserError, match="batch_size: 1, but BatchNorm cannot train on one image"):
+        train_semi.main(["--config", str(experiment()), "--set", "dataset.train.batch_size=1"])
+
+
+def test_a_stop_within_an_evaluation_is_saved(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All updates of the epoch are done, its end is not: it follows when the run goes on."""
+    straight, stopped = experiment("straight"), experiment("stopped")
+    train_semi.main(["--config", str(straight)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruption, "asked", lambda self, iteration: iteration == 8)
+        patch.setattr(Interruption, "stops_before", lambda self, iteration: False)
+        with pytest.raises(Interrupted, match="stopped in an evaluation and saved"):
+            train_semi.main(["--config", str(stopped)])
+    assert (_state(stopped)["epoch"], _state(stopped)["step"]) == (1, 4)
+    train_semi.main(["--config", str(stopped)])
+    for name in ("metrics.csv", "scores.csv"):
+        assert (stopped.parent / "log" / name).read_text() == (straight.parent / "log" / name).read_text()
 
 
 def test_a_torn_or_foreign_file_is_named_and_the_one_before_it_used(experiment: Experiment) -> None:
@@ -326,7 +521,7 @@ def test_ranks_with_other_versions_are_refused(tmp_path: Path) -> None:
     )
     ended, _ = run_ranks(script)
     assert ended.returncode == 2
-    assert "the ranks have different versions" in ended.stderr and "'torch': '1.0'" in ended.stderr
+    assert "the ranks differ, so nothing is trained: torch: " in ended.stderr and "1.0 (rank 1 on " in ended.stderr
 
 
 def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(tmp_path: Path) -> None:
@@ -369,12 +564,41 @@ def test_two_ranks_have_the_gradients_of_one_process_with_twice_the_batch(tmp_pa
             assert all(torch.allclose(got[key], expected[key], rtol=1e-4, atol=1e-6) for key in expected), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_is_noted_once_and_handlers_come_back(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with interruptible() as interruption:
-        assert not interruption.stops_before(3)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_is_noted_and_handlers_come_back(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies within some seconds are one request; a later one acts as it always does."""
+    always: list[int] = []
+    before = signal.signal(number, lambda *_: always.append(1))
+    try:
+        with interruptible() as interruption:
+            assert not interruption.stops_before(3)
+            for _ in range(3):
+                os.kill(os.getpid(), number)
+            assert interruption.received == number and interruption.stops_before(4) and not always
+            later = time.monotonic() + 6
+            monkeypatch.setattr(time, "monotonic", lambda: later)
+            os.kill(os.getpid(), number)
+            assert always == [1]
         os.kill(os.getpid(), number)
-        assert interruption.received == number and signal.getsignal(number) == before
-        assert interruption.stops_before(4)
-    assert signal.getsignal(number) == before
+        assert always == [1, 1]
+        with pytest.raises(Interrupted):
+            _saved_after(number)
+        assert signal.getsignal(number) == signal.SIG_IGN  # until the process has ended with its own status
+    finally:
+        signal.signal(number, before)
+
+
+def _saved_after(number: signal.Signals) -> None:
+    with interruptible():
+        os.kill(os.getpid(), number)
+        raise Interrupted("here")
+
+
+def test_nohup_keeps_its_meaning() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -7,6 +7,8 @@ draw the same, any number of workers draws alike, and a resumed run continues as
 from __future__ import annotations
 
 import itertools
+import multiprocessing.util
+import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -27,13 +29,13 @@ from .lists import Lists, val_root
 from .source import DataError, FileSource, Source
 
 _STREAMS = {"labeled": 0, "unlabeled": 1}
+_OF_THE_MAIN_PROCESS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}  # see engine.interrupt
 _OVERSAMPLING, _ORDER = 2, 3  # what else is drawn, as numbers beside those of the streams
 
 
 def oversample(count: int, wanted: int, seed: int) -> list[int]:
-    """``wanted`` indices into a list of ``count``, drawn once per run (spec, Sampling).
-
-    The list is repeated ceil(wanted / count) times, and drawn from without replacement.
+    """``wanted`` indices into a list of ``count``, drawn once per run, without replacement, from that list repeated
+    ceil(wanted / count) times (spec, Sampling).
     """
     repeated = np.tile(np.arange(count), -(-wanted // count))
     rng = np.random.default_rng((seed, _OVERSAMPLING))
@@ -74,8 +76,7 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[list[Draw]]:
         count, first = len(self.items), self.epoch * self.size
         passes = range(first // count, -(-(first + self.size) // count))
-        seeds = [(self.seed, _ORDER + self.stream, number) for number in passes]
-        orders = [np.random.default_rng(words).permutation(count) for words in seeds]
+        orders = [np.random.default_rng((self.seed, _ORDER + self.stream, i)).permutation(count) for i in passes]
         order = np.concatenate(orders)[first - passes[0] * count :][: self.size]
         per_rank = -(-self.size // self.world)
         draws = [
@@ -87,8 +88,7 @@ class EpochSampler(Sampler):
 
     def __len__(self) -> int:
         """Iterations per epoch."""
-        per_rank = -(-self.size // self.world)
-        whole, rest = divmod(per_rank, self.batch_size)
+        whole, rest = divmod(-(-self.size // self.world), self.batch_size)
         return whole + (not self.drop_last and rest > 1)
 
 
@@ -98,10 +98,6 @@ class TrainingData:
     ``data.epoch(number, unlabeled=True)`` yields, for each update, a list of ``trainer.accumulate`` dicts. Each holds
     ``labeled`` and, if wanted, ``unlabeled``, dicts of CPU tensors as ``dataset`` makes them, and ``skipped``, a
     message for each image that had to be replaced.
-
-    Args:
-        seed: of the run.
-        rank, world: of this process.
     """
 
     def __init__(self, config: Config, lists: Lists, seed: int, rank: int, world: int) -> None:
@@ -129,60 +125,53 @@ class TrainingData:
         if pool and train.epoch_size is None:
             items, size = oversample(count, pool, seed), pool
         drop_last = bool(pool) or train.drop_last
-        self.labeled_sampler = EpochSampler(
-            items, size, train.batch_size, seed, "labeled", rank, world, drop_last
-        )  # fmt: skip
+        self.labeled_sampler = EpochSampler(items, size, train.batch_size, seed, "labeled", rank, world, drop_last)
         self.labeled = _loader(labeled, self.labeled_sampler, workers)
         self.unlabeled = None
         if pool:
-            views = (wants.strong, strong_aug, skip)
-            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, *views, labels=labels)
+            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, strong_aug, skip, labels)
             self.unlabeled_sampler = EpochSampler(
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )
             self.unlabeled = _loader(unlabeled, self.unlabeled_sampler, workers)
         self.accumulate, self.drop_last = config.trainer.accumulate, drop_last
         if not len(self):
-            batch = f"{self.accumulate} batches of {train.batch_size}" if self.accumulate > 1 else f"{train.batch_size}"
+            batch = f"{self.accumulate} batches of " if self.accumulate > 1 else ""
             raise UserError(
                 f"dataset.train.batch_size: {size} images an epoch over {world} process(es) do not fill one batch of "
-                f"{batch}"
+                f"{batch}{train.batch_size}"
             )
 
     def __len__(self) -> int:
-        """Iterations, that is updates, per epoch: floor(ceil(U / world) / batch / accumulate) where there are
-        unlabeled images.
-        """
+        """Updates per epoch: floor(ceil(U / world) / batch / accumulate) where there are unlabeled images."""
         whole, rest = divmod(len(self.labeled_sampler), self.accumulate)
         return whole + (not self.drop_last and rest > 0)
 
     def epoch(self, number: int, unlabeled: bool, done: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """Batches of one epoch, update by update.
-
-        Args:
-            unlabeled: False leaves the unlabeled images unread.
-            done: updates to leave out at the start; their images are not read.
+        """Batches of one epoch, update by update. Unlabeled images are read only if wanted, and none of the images of
+        the first ``done`` updates, which are left out.
         """
         batches = self._batches(number, unlabeled, done * self.accumulate)
         for _ in range(done, len(self)):
             yield list(itertools.islice(batches, self.accumulate))
 
     def _batches(self, number: int, unlabeled: bool, start: int) -> Iterator[dict[str, Any]]:
-        self.labeled_sampler.epoch, self.labeled_sampler.start = number, start
-        if not unlabeled:
-            for first in _clear_errors(self.labeled):
-                yield {"skipped": first.pop("skipped", []), "labeled": first}
-            return
-        self.unlabeled_sampler.epoch, self.unlabeled_sampler.start = number, start
-        for first, second in zip(_clear_errors(self.labeled), _clear_errors(self.unlabeled), strict=True):
-            skipped = first.pop("skipped", []) + second.pop("skipped", [])
-            yield {"skipped": skipped, "labeled": first, "unlabeled": second}
+        loaders = {"labeled": self.labeled} | ({"unlabeled": self.unlabeled} if unlabeled else {})
+        for loader in loaders.values():
+            loader.batch_sampler.epoch, loader.batch_sampler.start = number, start
+        for parts in zip(*map(_clear_errors, loaders.values()), strict=True):
+            skipped = [message for part in parts for message in part.pop("skipped", [])]
+            yield {"skipped": skipped} | dict(zip(loaders, parts))
 
 
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:
     """This rank's share of the validation images, every image once over all ranks, as lists of (image, label)."""
     dataset = EvaluationSet(open_source(config.dataset, val_root(config)), names[rank::world])
-    return DataLoader(dataset, config.dataset.val.batch_size, num_workers=config.dataset.workers, collate_fn=list)
+    workers = config.dataset.workers
+    return DataLoader(
+        dataset, config.dataset.val.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_single_thread,
+        multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
 
 
 def whole_images(config: Config, names: Sequence[str]) -> Iterator[Tensor]:
@@ -214,7 +203,16 @@ def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: 
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         worker_init_fn=_single_thread,
+        multiprocessing_context="fork" if workers else None,
     )
+
+
+def _kill_workers() -> None:
+    """At the end of the process, which would send them SIGTERM, in vain, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _single_thread(worker: int) -> None:
@@ -222,8 +220,25 @@ def _single_thread(worker: int) -> None:
 
 
 def _clear_errors(loader: DataLoader) -> Iterator:
-    """The loader's batches; a mistake in the data leaves a worker without the worker's traceback."""
+    """The loader's batches; a mistake in the data leaves a worker without the worker's traceback.
+
+    Workers are forked with signals blocked: a signal to the whole process group is the main process's to act on. They
+    end when it does. Blocking them in the worker would be too late, since torch installs a handler that ends it first.
+    """
+    multiprocessing.util.Finalize(None, _kill_workers, exitpriority=100)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_MAIN_PROCESS)
     try:
-        yield from loader
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield from batches
     except DataError as error:
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+    except RuntimeError as error:  # torch's, where the system has ended a worker
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"{str(error).split('. ')[0]}. A bus error: make /dev/shm larger (of a container: --shm-size) or set fewer "
+            "dataset.workers; killed: too little memory"
+        ) from None

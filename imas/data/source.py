@@ -17,7 +17,6 @@ from ..errors import UserError
 from ..schema import Shapes
 from . import shapes
 
-_SHAPES_VAL = 1_000_000  # validation images of the embedded set are numbered from here
 _ALPHA = {1, 2}  # kinds of extra bands of a TIFF (ExtraSamples)
 _ORIENTATION = ExifTags.Base.Orientation
 
@@ -62,13 +61,15 @@ class FileSource:
         self.decode = decode or index_labels
 
     def image(self, name: str) -> Image.Image:
-        """The RGB image of a list line: see ``read_image``."""
         return read_image(self.paths(name)[0])
 
     def mask(self, name: str) -> Image.Image:
-        """The mask of a list line, mode L. DataError if it has values that are neither classes nor ignored."""
+        """DataError for a JPEG, and for values that are neither classes nor ignored."""
         path = self.paths(name)[1]
-        labels = self.decode(path, _opened(path))
+        stored = _opened(path)
+        if stored.format == "JPEG":
+            raise DataError(f"{path}: a JPEG cannot be a mask, since it changes values; save masks as PNG")
+        labels = self.decode(path, stored)
         foreign = (labels >= self.num_classes) & (labels != self.ignore_index)
         if foreign.any():
             values = np.unique(labels[foreign]).tolist()
@@ -85,7 +86,6 @@ class FileSource:
         return existing(image) or image, existing(mask) or mask
 
     def missing(self, names: list[str], masks: bool) -> list[Path]:
-        """Files of these list lines that do not exist."""
         paths = [path for name in names for path in self.files(self.root, name)[: 2 if masks else 1]]
         return [path for path in paths if existing(path) is None]
 
@@ -149,16 +149,13 @@ def read_image(path: Path) -> Image.Image:
         DataError: no image, or one with values beyond 16 bits.
     """
     image = _opened(path)
-    if image.mode == "RGB":
-        return image
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+    if image.mode in ("F", "I", "I;16", "I;16B", "I;16L"):
         grey = np.asarray(image)
-        if grey.max(initial=0) > 65535 or grey.min(initial=0) < 0:
-            raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got values up to {grey.max()}")
-        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got floating-point values")
-    return image.convert("RGB")
+        if image.mode == "F" or grey.max(initial=0) > 65535 or grey.min(initial=0) < 0:
+            got = "floating-point values" if image.mode == "F" else f"values up to {grey.max()}"
+            raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got {got}")
+        image = Image.fromarray((grey // 257).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def index_labels(path: Path, image: Image.Image) -> np.ndarray:
@@ -166,10 +163,8 @@ def index_labels(path: Path, image: Image.Image) -> np.ndarray:
     mask saved with three equal channels counts as grey.
 
     Raises:
-        DataError: a colour picture, values above 255, or a JPEG, which changes values.
+        DataError: a colour picture, or values above 255.
     """
-    if image.format == "JPEG":
-        raise DataError(f"{path}: a JPEG cannot be a mask, since it changes values; save masks as PNG")
     if image.mode in ("L", "P", "1"):
         return np.asarray(image, dtype=np.uint8)
     values = np.asarray(image)
@@ -206,22 +201,16 @@ def labels_of_colours(palette: dict[tuple[int, int, int], int], path: Path, imag
     """A colour mask → (H, W) uint8 class numbers.
 
     Raises:
-        DataError: a colour that ``palette`` lacks, or a JPEG.
+        DataError: a colour that ``palette`` lacks.
     """
-    if image.format == "JPEG":
-        raise DataError(f"{path}: a JPEG cannot be a mask, since it changes colours; save masks as PNG")
-    red, green, blue = np.asarray(image.convert("RGB"), dtype=np.int32).transpose(2, 0, 1)
-    codes = red << 16 | green << 8 | blue
-    known = sorted((r << 16 | g << 8 | b, number) for (r, g, b), number in palette.items())
-    keys, numbers = (np.array(column) for column in zip(*known))
-    position = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
-    foreign = codes[keys[position] != codes]
+    colours, weights = sorted(palette), np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+    keys, codes = np.array(colours, dtype=np.int32) @ weights, np.asarray(image.convert("RGB")) @ weights
+    nearest = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
+    foreign = codes[keys[nearest] != codes]
     if foreign.size:
-        colours = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in np.unique(foreign)]
-        raise DataError(
-            f"{path}: {foreign.size} pixels have colours that dataset.folder.palette lacks: {_first(colours)}"
-        )
-    return numbers[position].astype(np.uint8)
+        seen = [(code >> 16, code >> 8 & 255, code & 255) for code in np.unique(foreign).tolist()]
+        raise DataError(f"{path}: {foreign.size} pixels have colours that dataset.folder.palette lacks: {_first(seen)}")
+    return np.array([palette[colour] for colour in colours], dtype=np.uint8)[nearest]
 
 
 class ShapesSource:
@@ -232,20 +221,20 @@ class ShapesSource:
         self._drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def image(self, name: str) -> Image.Image:
-        """The RGB image of a name."""
         return Image.fromarray(self._draw(name)[0])
 
     def mask(self, name: str) -> Image.Image:
-        """The mask of a name, mode L, with 255 at the borders of objects."""
         return Image.fromarray(self._draw(name)[1])
 
     def missing(self, names: list[str], masks: bool) -> list[Path]:
-        """No files are needed."""
         return []
 
     def _draw(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        number = name.removeprefix("shapes/")
+        if number == name or not number.isdigit():
+            raise DataError(f"{name!r} is not an image of the embedded set; expected shapes/NUMBER")
         if name not in self._drawn:
-            self._drawn[name] = shapes.draw(self.seed, _number(name), self.size)
+            self._drawn[name] = shapes.draw(self.seed, int(number), self.size)
         return self._drawn[name]
 
 
@@ -258,19 +247,12 @@ def shapes_lists(
     options: Shapes, given: Mapping[str, list[str]], wanted: list[str]
 ) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]]]:
     """The lists ``wanted`` of the embedded set, which share no image; ``given`` ones change nothing. And no remark."""
-    ranges = {
-        "labeled": (0, options.labeled),
-        "unlabeled": (options.labeled, options.unlabeled),
-        "val": (_SHAPES_VAL, options.val),
+    lists = {
+        "labeled": shapes_names(0, options.labeled),
+        "unlabeled": shapes_names(options.labeled, options.unlabeled),
+        "val": shapes_names(1_000_000, options.val),
     }
-    return {name: shapes_names(*ranges[name]) for name in wanted}, {}
-
-
-def _number(name: str) -> int:
-    number = name.removeprefix("shapes/")
-    if number == name or not number.isdigit():
-        raise DataError(f"{name!r} is not an image of the embedded set; expected shapes/NUMBER")
-    return int(number)
+    return {name: lists[name] for name in wanted}, {}
 
 
 def upright_size(path: Path) -> tuple[int, int]:

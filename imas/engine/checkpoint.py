@@ -184,6 +184,7 @@ class Resumed(NamedTuple):
     best: dict[str, float] | None  # best mIoU in percent of each network
     step: int = 0  # updates done in the epoch after these
     length: int | None = None  # updates of an epoch
+    batch: int = 0  # images of an update, of all processes
     world: int = 1  # processes
     partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
     scaler: dict[str, Any] | None = None  # of fp16
@@ -213,14 +214,15 @@ def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: i
         load_network(network, name, state, path)
     method.load_state_dict(state.get("method_state") or {}, strict=False)  # the networks are loaded already
     _load_momentum(optimizer, state.get("optimizer_state"), path)
-    if not state.get("best"):
+    if "best" not in state:  # None in ours, before the first evaluation
         log.warning("%s tells no best mIoU of ours: the best starts anew", path)
-    step, world = state.get("step", 0), state.get("run", {}).get("processes", 1)
+    description = state.get("run", {})
+    step, world, batch = state.get("step", 0), description.get("processes", 1), description.get("total_batch", 0)
     log.info("resumed after epoch %d%s from %s", state["epoch"] - 1, f" and {step} updates" if step else "", path)
     length = state.get("iterations_per_epoch")
     partial, scaler = state.get("partial"), state.get("scaler_state")
     rates, config, run = (state.get(key) for key in ("rates", "config", "run"))
-    return Resumed(state["epoch"], state.get("best"), step, length, world, partial, scaler, rates, config, run)
+    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, rates, config, run)
 
 
 def _read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import resource
+from collections import Counter
 from collections.abc import Collection, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +26,15 @@ from ..data.normalise import Normalise
 from ..data.splits import describe_lists
 from ..legacy import COLUMNS
 from ..methods.base import Method
+from ..models.sync_bn import synchronise
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from . import checkpoint, precision, provenance
 from .evaluate import Evaluation
 from .health import Health
-from .interrupt import Interrupted, interruptible
+from .interrupt import Interrupted, Interruption
 from .log import RunLog
-from .meter import Clock, Meter, NonFiniteLoss, peak_memory
+from .meter import Clock, Meter, NonFiniteLoss
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
 from .run import Run, resume, save, to_device
 from .show import report, show_progress, write_scores
@@ -46,6 +51,7 @@ def fit(
     *,
     seed: int,
     device: torch.device,
+    interruption: Interruption,
     resumed_from: Path | None = None,
     by_hand: bool = False,
     momentum: tuple[Path, str] | None = None,
@@ -55,7 +61,7 @@ def fit(
 
     Args:
         method: on ``device``, with the weights to start with.
-        seed: with the configuration and the number of processes it determines the run.
+        interruption: whether to stop.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
         by_hand: that file was named, so that a run goes on from it with another recipe, too.
         momentum: a checkpoint of another method and the network whose momentum is taken from there.
@@ -76,16 +82,20 @@ def fit(
     meter = Meter(catalog_of(config.dataset).class_names)
     description = provenance.describe(config, lists, seed, world)
     scaler = precision.make_scaler(config.trainer, device)
-    run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description)
-    with interruptible() as run.interruption, contextlib.ExitStack() as stack:
+    run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description, interruption)
+    with contextlib.ExitStack() as stack:
         if resumed_from is not None:
             resume(run, resumed_from, by_hand)
+        source = "none" if resumed_from is None else resumed_from.name
+        distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
         _run_all(run, keep, stack)
 
 
 def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> None:
     """Every epoch, and its end; ``stack`` closes what is opened, however the run ends."""
     config, method, data = run.config, run.method, run.data
+    if config.net.sync_bn:
+        synchronise(method)
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
     run_log = stack.enter_context(
         contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch, map(column, method.scored())))
@@ -106,13 +116,14 @@ def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> No
         with _saved(run):
             with precision.tuned_kernels():
                 row = _train_epoch(run, wrapped, run_log, bar, epoch)
-            if evaluates:
+            if evaluates:  # a run that ends here has done all updates of the epoch, and not yet its end
                 bar.clear()
                 distributed.same_buffers(method)
-                matrices = evaluation(method.scored())
-                results, improved = _note_results(run, matrices, epoch)
-                row |= results
+                matrices = evaluation(method.scored(), partial(run.interruption.asked, (epoch + 1) * len(data)))
         run.begin_epoch(epoch + 1)
+        if evaluates:
+            results, improved = _note_results(run, matrices, epoch)
+            row |= results
         # Rows come before the checkpoint: a run that is cut off between the two drops them when it resumes.
         run_log.metrics(row | {"epoch": epoch})
         run_log.training({"epoch": epoch} | row)
@@ -159,15 +170,13 @@ def _announce(run: Run, run_log: RunLog) -> None:
     config, lists, world = run.config, run.lists, distributed.world_size()
     if distributed.is_main():
         provenance.record(config, run.description)
-    if run.epoch == 0:
-        for remark in explain_batch(config, world):
+    for remark in explain_batch(config, world):
+        if run.epoch == 0:
             run_log.warn(0, remark)
+        else:  # it may be on other processes than before
+            log.warning("%s", remark)
     log.info(describe_lists(lists.labeled, lists.unlabeled, lists.val))
-    log.info(
-        "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations, batch %d on %d process(es), %s",
-        len(lists.labeled), len(lists.unlabeled), len(lists.val), config.trainer.epochs, len(run.data),
-        config.dataset.train.batch_size, world, run.device,
-    )  # fmt: skip
+    log.info("%s, %s", provenance.in_numbers(config, lists, len(run.data), world), run.device)
 
 
 def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:
@@ -175,16 +184,19 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
     config, method, length = run.config, run.method, len(run.data)
     normalise = Normalise(config.dataset.mean, config.dataset.std, run.device)
     log_every = max(10, length // _LOGS_PER_EPOCH)
-    replaced: dict[str, int] = {}
+    replaced: Counter[str] = Counter()
     method.train()
-    clock = Clock()
+    clock, pace = Clock(), distributed.Pace(run.device)
     updates = clock.waits(run.data.epoch(epoch, method.needs_unlabeled(epoch), run.step))
     for step, batches in enumerate(updates, run.step):
         iteration = epoch * length + step
         run.stop_if_asked(iteration)
-        for batch in batches:
-            _count(batch["skipped"], replaced)
+        for problem in filter(None, chain(*(batch["skipped"] for batch in batches))):
+            if problem not in replaced:
+                log.warning("replaced by another sample: %s", problem)
+            replaced[problem] += 1
         run.meter.add(_update(run, wrapped, normalise, batches, iteration))
+        pace()
         run.step, run.whole = step + 1, True
         bar.update()
         logs = (iteration + 1) % log_every == 0
@@ -199,10 +211,8 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
             if run.save_due() and step + 1 < length:
                 save(run, False)
     run.stop_if_asked((epoch + 1) * length)
-    if replaced:
-        log.warning(
-            "epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, sum(replaced.values())
-        )
+    if config.dataset.on_error == "skip":
+        _report_replaced(distributed.gather(replaced), epoch)
     write_scores(run, run_log, epoch)
     return run.meter.means() | _surroundings(run, clock)
 
@@ -230,13 +240,17 @@ def _update(
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.rates = run.method.after_step(progress)
-    return _means(outputs)
+    return {name: sum(scalars[name] for scalars in outputs) / len(outputs) for name in outputs[0]}
 
 
 def _surroundings(run: Run, clock: Clock) -> dict[str, float]:
     """The log's numbers beside the method's scalars. A run that was interrupted knows only its last stretch's time."""
     lrs = {f"lr_{group['part']}": group["lr"] for group in run.optimizer.param_groups}
-    return run.rates | lrs | clock.means() | {"memory_mib": peak_memory(run.device)}
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.device) // 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # of the process
+    return run.rates | lrs | clock.means() | {"memory_mib": peak}
 
 
 def column(name: str) -> str:
@@ -261,15 +275,11 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     return columns, run.best[selecting] > float(np.fmax(before.get(selecting, -1.0), -1.0))
 
 
-def _means(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    if len(scalars) == 1:
-        return scalars[0]
-    return {name: torch.stack([each[name] for each in scalars]).mean(0) for name in scalars[0]}
-
-
-def _count(skipped: list[str], replaced: dict[str, int]) -> None:
-    """Note broken images; each is named once."""
-    for problem in filter(None, skipped):
-        if problem not in replaced:
+def _report_replaced(replaced: list[Counter[str]], epoch: int) -> None:
+    """Of all ranks; each has named its own, but the log is rank 0's."""
+    for problem in dict.fromkeys(problem for each in replaced[1:] for problem in each):
+        if problem not in replaced[0]:
             log.warning("replaced by another sample: %s", problem)
-        replaced[problem] = replaced.get(problem, 0) + 1
+    if any(replaced):
+        count = sum(each.total() for each in replaced)
+        log.warning("epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, count)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import platform
 from pathlib import Path
 from typing import TextIO
 
 from ..errors import UserError
+
+log = logging.getLogger("imas")
 
 
 def hold(folder: Path) -> TextIO:
@@ -23,13 +27,22 @@ def hold(folder: Path) -> TextIO:
     file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 closed with the process
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # Lustre without -o flock, some NFS
+            log.warning(
+                "%s: this file system has no locks (%s), so nothing stops two runs in it", folder, error.strerror
+            )
+            return _name_holder(file)
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
         raise UserError(
             f"{folder}: in use by another live run ({holder}). Stop that one, or put this YAML into a folder of its own"
         ) from None
+    return _name_holder(file)
+
+
+def _name_holder(file: TextIO) -> TextIO:
     file.seek(0)
     file.truncate()
     file.write(f"host {platform.node()}, pid {os.getpid()}\n")

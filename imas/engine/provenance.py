@@ -20,12 +20,12 @@ from ..schema import Config
 from .optim import total_batch
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyyaml")
-_ROOT = Path(__file__).parents[2]
 
 
 def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
     """One start of a run as plain YAML values."""
     paths = list_paths(config)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": [sys.executable, *sys.argv],
@@ -39,7 +39,7 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
         "packages": {name: version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "host": platform.node(),
-        "devices": distributed.gather(_device_name()),
+        "devices": distributed.gather(device),
         "lists": {
             name: {"path": paths[name] and str(paths[name]), "images": len(names), "sha256": digest(names)}
             for name, names in lists.by_name().items()
@@ -101,6 +101,28 @@ def surroundings_changed(before: dict | None, now: dict) -> list[str]:
     return lines
 
 
+def in_numbers(config: Config, lists: Lists, iterations: int, world: int) -> str:
+    """Images, iterations (of an epoch), batch and processes, for the log."""
+    images = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} validation images"
+    batch = f"batch {config.dataset.train.batch_size} on {world} process(es)"
+    return f"{images}; {config.trainer.epochs} epochs of {iterations} iterations, {batch}"
+
+
+def identity(config: Config, lists: Lists, seed: int) -> dict[str, str]:
+    """What makes ranks one run, as text by name: seed, folder, commit, versions, lists, and every key of the recipe."""
+    texts = {"seed": seed, "run folder": config.folder.resolve(), "commit": git_commit()}
+    texts |= {name: version(name) for name in PACKAGES}
+    texts |= {f"{name} list": f"{len(names)} images, {digest(names)[:12]}" for name, names in lists.by_name().items()}
+    return {name: str(text) for name, text in (texts | _dotted(config.to_dict())).items()}
+
+
+def _dotted(section: dict, prefix: str = "") -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for name, value in section.items():
+        keys |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return keys
+
+
 def record(config: Config, description: dict) -> None:
     """Into the log folder: the resolved recipe as ``config.yaml``; this start, after earlier ones, in ``run.yaml``."""
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
@@ -111,12 +133,9 @@ def record(config: Config, description: dict) -> None:
 
 def git_commit() -> str | None:
     """The commit of this project, with ``-dirty`` where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

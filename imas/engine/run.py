@@ -21,6 +21,7 @@ from ..schema import Config
 from . import checkpoint, provenance
 from .interrupt import Interrupted, Interruption
 from .meter import Meter
+from .optim import total_batch
 
 log = logging.getLogger("imas")
 
@@ -39,12 +40,12 @@ class Run:
     scaler: torch.amp.GradScaler
     meter: Meter  # of the epoch
     description: dict  # what, with what, on what: see ``provenance``
+    interruption: Interruption  # whether to stop
     epoch: int = 0  # epochs done
     step: int = 0  # updates done in the epoch after these
     best: dict[str, float] | None = None  # best mIoU in percent of each network
     rates: dict[str, float] = field(default_factory=dict)  # what the method's last update gave for the log
     scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
-    interruption: Interruption = field(default_factory=Interruption)
     whole: bool = True  # False within an update, while networks, teacher and momentum do not belong together
     saved: float = field(default_factory=time.monotonic)  # time of the last checkpoint
 
@@ -64,10 +65,7 @@ class Run:
     def stop_if_asked(self, iteration: int) -> None:
         """Raise ``Interrupted`` where this iteration is not to begin."""
         if self.interruption.stops_before(iteration):
-            raise Interrupted(
-                f"stopped before iteration {iteration} (epoch {self.epoch}) and saved; the same command with "
-                "--resume auto goes on from there"
-            )
+            raise Interrupted(f"before iteration {iteration} (epoch {self.epoch})")
 
     def pictures_due(self) -> bool:
         """Whether the epochs done end with pictures (``saver.pictures_every``)."""
@@ -124,7 +122,7 @@ def resume(run: Run, path: Path, by_hand: bool) -> None:
         by_hand: the file was named, so that the run goes on with another recipe, too.
 
     Raises:
-        UserError: it cannot be used, or is from within an epoch of another shape; another recipe, unless by hand.
+        UserError: it cannot be used; it is of another recipe, unless by hand.
     """
     found = checkpoint.resume(path, run.method, run.optimizer, run.seed)
     recipe = provenance.changes(found.config, run.config.to_dict())
@@ -141,22 +139,28 @@ def resume(run: Run, path: Path, by_hand: bool) -> None:
         )
         best = None
     world, length = distributed.world_size(), len(run.data)
-    if found.step and (found.world, found.length) != (world, length):
-        raise UserError(
-            f"that checkpoint is from an epoch of {found.length} iterations on {found.world} process(es), "
-            f"this run has {length} on {world}. Continue it as it was, or from the end of an epoch"
-        )
-    if found.epoch and found.world != world:
+    step = found.step
+    if step and (found.world, found.length) != (world, length):
+        # Images are dealt to the ranks in turn: those of the updates done are the first of the epoch's order.
+        seen, batch = step * found.batch, total_batch(run.config, world)
+        step = min(seen // batch, length)
+        log.warning(
+            "%s: is from within an epoch of %d updates of %d images; of the %d images seen the last %d are seen again, "
+            "and update %d of %d comes next",
+            path, found.length, found.batch, seen, max(seen - step * batch, 0), step + 1, length,
+        )  # fmt: skip
+    if (found.epoch or found.step) and found.world != world:
         log.warning(
             "the run was on %d process(es) until now and goes on with %d: it is no longer bitwise the same run",
             found.world, world,
         )  # fmt: skip
-    run.epoch, run.step, run.best, run.rates = found.epoch, found.step, best, found.rates or {}
+    run.epoch, run.step, run.best, run.rates = found.epoch, step, best, found.rates or {}
     if found.scaler:
         run.scaler.load_state_dict(found.scaler)
     if found.partial is not None:
         run.meter.read = found.partial["metrics"]
-        mine = found.partial["scores"][distributed.rank()]
+        scores = found.partial["scores"] if found.world == world else [sum(found.partial["scores"], [])]
+        mine = scores[distributed.rank()] if distributed.rank() < len(scores) else []
         run.scores = [(index.to(run.device), score.to(run.device)) for index, score in mine]
 
 

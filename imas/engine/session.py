@@ -35,6 +35,7 @@ from ..methods.base import Method
 from ..schema import Config
 from . import checkpoint
 from .fit import fit
+from .interrupt import Interrupted, Interruption
 from .log import start_logging
 from .pictures import coloured, sheet
 from .precision import prepare_network
@@ -56,6 +57,7 @@ class Session:
         lists: its images.
         build: (config, method class, whether to load pretrained encoders) → method.
         finish: called with the configuration of each stage that has ended, on the main process.
+        interruption: whether to stop.
         resume: ``auto``, ``never`` or a checkpoint file: see ``checkpoint.find_checkpoint``.
     """
 
@@ -69,10 +71,12 @@ class Session:
         build: Callable[[Config, type[Method], bool], Method],
         finish: Callable[[Config], None],
         resume: str,
+        interruption: Interruption,
     ) -> None:
         self.config, self.lists, self.seed, self.device = config, lists, seed, device
         self.build, self.finish, self.resume = build, finish, resume
         self.normalise = Normalise(config.dataset.mean, config.dataset.std, device)
+        self.interruption = interruption
 
     def fit(
         self,
@@ -111,6 +115,8 @@ class Session:
             log.info("stage %s is done: %s", stage, config.snapshot_dir)
             return config
         self._check_labels(config, lists)
+        if stage and distributed.any_rank(self.interruption.asked(0), self.device):
+            raise Interrupted(f"before stage {stage}")
         start = start or (None if config.trainer.start_from is None else Path(config.trainer.start_from))
         torch.manual_seed(self.seed)
         method = self.build(config, kind, found is None and start is None)
@@ -125,11 +131,12 @@ class Session:
             lists,
             seed=self.seed,
             device=self.device,
+            interruption=self.interruption,
             resumed_from=found,
             by_hand=self.resume not in ("auto", "never"),
             momentum=None if found is not None or momentum is None else (start, momentum),
             keep=keep,
-        )
+        )  # fmt: skip
         if distributed.is_main():
             self.finish(config)
             if stage:
