@@ -250,7 +250,7 @@ def test_numpy_numbers_load_and_code_does_not_run(tmp_path: Path) -> None:
     [
         (b"\n<!DOCTYPE html>\n<html>404", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "is a Git LFS pointer"),
-        (b"PK\3\4 and no more", "torn or foreign"),
+        (b"PK\3\4 and no more", "torn, foreign"),
     ],
 )
 def test_a_file_that_is_no_weight_file_is_called_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:

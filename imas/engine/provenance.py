@@ -49,8 +49,8 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
     }
 
 
-# Keys that steer how a run is carried out, not what it computes.
-_ASIDE = ("saver.", "dataset.workers", "dataset.cache", "dataset.on_error")
+# Keys that steer how, or for how long, a run is carried out.
+_ASIDE = ("saver.", "dataset.workers", "dataset.cache", "dataset.on_error", "trainer.epochs")
 
 
 def changes(before: dict | None, config: dict, path: str = "") -> list[str]:
@@ -76,7 +76,7 @@ def _new(path: str, value: Any) -> list[str]:
 
 
 def steers(line: str) -> bool:
-    """Whether a line of ``changes`` is about what a run computes."""
+    """Whether a line of ``changes`` makes it another experiment."""
     return not line.startswith(_ASIDE)
 
 
