@@ -243,8 +243,6 @@ def _check_schedule(config: Config, reader: Reader) -> None:
 
 def _check_data(config: Config, reader: Reader) -> None:
     dataset, train, catalog = config.dataset, config.dataset.train, catalog_of(config.dataset)
-    if train.batch_size == 1 and not config.net.sync_bn:
-        reader.error("dataset.train.batch_size", "BatchNorm cannot train on 1 image; expected 2 or more")
     if train.rand_resize is not None and train.resize_base_size is None:
         reader.error("dataset.train.resize_base_size", "missing; dataset.train.rand_resize needs it")
     if not config.wants.pseudo_label:

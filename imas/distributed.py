@@ -24,13 +24,13 @@ from .errors import UserError
 log = logging.getLogger("imas")
 
 _PATIENCE = timedelta(minutes=10)  # with a rank that does not come, or does not answer
+_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 _CHECKING = timedelta(hours=1)  # the same with rank 0, which looks at all data before it comes
 _AHEAD = {"gloo": 1, "nccl": 2}  # of an iteration that a rank is about to begin, the next that no rank can have begun
 _PAIRS = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")  # in gloo's messages
 _SHOWN = 6
 _NVIDIA = Path("/dev")  # where the driver's devices are
-_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 _store: dist.Store | None = None  # of the processes, while they are joined
 
 
@@ -304,15 +304,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def wrap(module: nn.Module, device: torch.device, sync_bn: bool) -> nn.Module:
     """The module in DistributedDataParallel where there are several processes, else as it is.
 
-    ``sync_bn`` needs several CUDA processes, too; elsewhere BatchNorm stays plain.
+    All ranks begin with the parameters and buffers of rank 0. Its buffers go to all before each forward, too, but not
+    with ``sync_bn``, where all compute the same.
     """
-    if sync_bn and (world_size() == 1 or device.type != "cuda"):
-        log.info("net.sync_bn: plain BatchNorm, since it needs several CUDA processes")
     if world_size() == 1:
         return module
-    if sync_bn and device.type == "cuda":
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return nn.parallel.DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    devices = [device.index] if device.type == "cuda" else None
+    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = not sync_bn  # as an argument it would leave them unequal at the beginning
+    return wrapped
 
 
 def gradients_shared(wrapped: nn.Module, share: bool) -> AbstractContextManager:
@@ -359,6 +359,13 @@ def concat(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def gather_rows(row: Tensor) -> Tensor:
+    """Every rank's (N,) tensor as a row, on every rank: (ranks, N)."""
+    rows = [torch.empty_like(row) for _ in range(world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
 
 
 def gather(value: Any) -> list[Any]:

@@ -26,6 +26,7 @@ from ..data.normalise import Normalise
 from ..data.splits import describe_lists
 from ..legacy import COLUMNS
 from ..methods.base import Method
+from ..models.sync_bn import synchronise
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from . import checkpoint, precision, provenance
@@ -87,12 +88,18 @@ def fit(
     source = "none" if resumed_from is None else resumed_from.name
     distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
     with contextlib.ExitStack() as stack:
+        if resumed_from is not None:
+            resume(run, resumed_from, by_hand)
+        source = "none" if resumed_from is None else resumed_from.name
+        distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
         _run_all(run, keep, stack)
 
 
 def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> None:
     """Every epoch, and its end; ``stack`` closes what is opened, however the run ends."""
     config, method, data = run.config, run.method, run.data
+    if config.net.sync_bn:
+        synchronise(method)
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
     run_log = stack.enter_context(
         contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch, map(column, method.scored())))
@@ -113,13 +120,14 @@ def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> No
         with _saved(run):
             with precision.tuned_kernels():
                 row = _train_epoch(run, wrapped, run_log, bar, epoch)
-            if evaluates:  # a run that is stopped here has done all updates of the epoch, and not yet its end
+            if evaluates:  # a run that ends here has done all updates of the epoch, and not yet its end
                 bar.clear()
                 distributed.same_buffers(method)
                 matrices = evaluation(method.scored(), partial(run.interruption.asked, (epoch + 1) * len(data)))
-                results, improved = _note_results(run, matrices, epoch)
-                row |= results
         run.begin_epoch(epoch + 1)
+        if evaluates:
+            results, improved = _note_results(run, matrices, epoch)
+            row |= results
         # Rows come before the checkpoint: a run that is cut off between the two drops them when it resumes.
         run_log.metrics(row | {"epoch": epoch})
         run_log.training({"epoch": epoch} | row)
@@ -192,8 +200,8 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
                 log.warning("replaced by another sample: %s", problem)
             replaced[problem] += 1
         run.meter.add(_update(run, wrapped, normalise, batches, iteration))
-        run.step, run.whole = step + 1, True
         pace()
+        run.step, run.whole = step + 1, True
         bar.update()
         logs = (iteration + 1) % log_every == 0
         if logs or step + 1 == length:

@@ -49,30 +49,8 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
     }
 
 
-def in_numbers(config: Config, lists: Lists, iterations: int, world: int) -> str:
-    """Images, iterations (of an epoch), batch and processes, for the log."""
-    images = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} validation images"
-    batch = f"batch {config.dataset.train.batch_size} on {world} process(es)"
-    return f"{images}; {config.trainer.epochs} epochs of {iterations} iterations, {batch}"
-
-
-def identity(config: Config, lists: Lists, seed: int) -> dict[str, str]:
-    """What makes ranks one run, as text by name: seed, folder, commit, versions, lists, and every key of the recipe."""
-    texts = {"seed": seed, "run folder": config.folder.resolve(), "commit": git_commit()}
-    texts |= {name: version(name) for name in PACKAGES}
-    texts |= {f"{name} list": f"{len(names)} images, {digest(names)[:12]}" for name, names in lists.by_name().items()}
-    return {name: str(text) for name, text in (texts | _dotted(config.to_dict())).items()}
-
-
-def _dotted(section: dict, prefix: str = "") -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-    for name, value in section.items():
-        keys |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return keys
-
-
-# Keys that steer how a run is carried out, not what it computes.
-_ASIDE = ("saver.", "dataset.workers", "dataset.cache", "dataset.on_error")
+# Keys that steer how, or for how long, a run is carried out.
+_ASIDE = ("saver.", "dataset.workers", "dataset.cache", "dataset.on_error", "trainer.epochs")
 
 
 def changes(before: dict | None, config: dict, path: str = "") -> list[str]:
@@ -98,7 +76,7 @@ def _new(path: str, value: Any) -> list[str]:
 
 
 def steers(line: str) -> bool:
-    """Whether a line of ``changes`` is about what a run computes."""
+    """Whether a line of ``changes`` makes it another experiment."""
     return not line.startswith(_ASIDE)
 
 
@@ -121,6 +99,28 @@ def surroundings_changed(before: dict | None, now: dict) -> list[str]:
         if one["sha256"] != two["sha256"]:
             lines.append(f"the {name} list: {two['images']} images, and {one['images']} (others) before")
     return lines
+
+
+def in_numbers(config: Config, lists: Lists, iterations: int, world: int) -> str:
+    """Images, iterations (of an epoch), batch and processes, for the log."""
+    images = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} validation images"
+    batch = f"batch {config.dataset.train.batch_size} on {world} process(es)"
+    return f"{images}; {config.trainer.epochs} epochs of {iterations} iterations, {batch}"
+
+
+def identity(config: Config, lists: Lists, seed: int) -> dict[str, str]:
+    """What makes ranks one run, as text by name: seed, folder, commit, versions, lists, and every key of the recipe."""
+    texts = {"seed": seed, "run folder": config.folder.resolve(), "commit": git_commit()}
+    texts |= {name: version(name) for name in PACKAGES}
+    texts |= {f"{name} list": f"{len(names)} images, {digest(names)[:12]}" for name, names in lists.by_name().items()}
+    return {name: str(text) for name, text in (texts | _dotted(config.to_dict())).items()}
+
+
+def _dotted(section: dict, prefix: str = "") -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for name, value in section.items():
+        keys |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return keys
 
 
 def record(config: Config, description: dict) -> None:

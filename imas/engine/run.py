@@ -122,7 +122,7 @@ def resume(run: Run, path: Path, by_hand: bool) -> None:
         by_hand: the file was named, so that the run goes on with another recipe, too.
 
     Raises:
-        UserError: it cannot be used; another recipe, unless by hand.
+        UserError: it cannot be used; it is of another recipe, unless by hand.
     """
     found = checkpoint.resume(path, run.method, run.optimizer, run.seed)
     recipe = provenance.changes(found.config, run.config.to_dict())

@@ -177,8 +177,8 @@ def load_safely(path: str | Path) -> Any:
                 f"{path}: not safe to load, since it holds objects beside tensors ({objects[1]}), as a whole pickled "
                 "network does; save its state_dict() instead"
             ) from None
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: torn or foreign ({reason})") from None
+        reason = re.split(r"\n|\. |\x1b", str(error).strip())[0] or type(error).__name__  # torch advises unsafe loading
+        raise ValueError(f"{path}: torn, foreign or not safe to load ({reason})") from None
 
 
 def _renamed(name: str) -> str:
