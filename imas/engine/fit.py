@@ -83,10 +83,6 @@ def fit(
     description = provenance.describe(config, lists, seed, world)
     scaler = precision.make_scaler(config.trainer, device)
     run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description, interruption)
-    if resumed_from is not None:
-        resume(run, resumed_from, by_hand)
-    source = "none" if resumed_from is None else resumed_from.name
-    distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
     with contextlib.ExitStack() as stack:
         if resumed_from is not None:
             resume(run, resumed_from, by_hand)
