@@ -27,7 +27,7 @@ from imas.data.lists import Lists, read_lists
 from imas.data.loaders import TrainingData
 from imas.engine import checkpoint, lock, provenance
 from imas.engine.interrupt import interruptible
-from imas.engine.log import start_logging
+from imas.engine.log import need_tensorboard, start_logging
 from imas.engine.optim import AVERAGES, explain_batch
 from imas.engine.provenance import in_numbers
 from imas.engine.session import Session
@@ -100,6 +100,8 @@ def prepare(config: Config, resume: str) -> Lists:
     together(_check_batch, config)
     resumed = together(checkpoint.find_checkpoint, config.snapshot_dir, resume)
     lists = together(check_data if distributed.is_main() else read_lists, config)
+    if config.saver.use_tb and distributed.is_main():
+        together(need_tensorboard)
     start = None if resumed is not None else config.trainer.start_from
     method = together(build_method, config, None, resumed is None and start is None)
     if method is not None and start is not None:

@@ -351,7 +351,7 @@ def test_check_lists_every_missing_file_and_compares_n_sup(tmp_path: Path, caplo
     ]
     for path in gone:
         path.unlink()
-    with pytest.raises(UserError, match="2 files of the labeled images cannot be used") as caught:
+    with pytest.raises(UserError, match="2 of the 2 labeled images cannot be used") as caught:
         check_data(config)
     for path in gone:
         assert str(path) in str(caught.value)
@@ -961,7 +961,7 @@ def test_mistake_in_the_data_leaves_the_loader_as_its_message_alone(tmp_path: Pa
             list(batches)
         message = str(caught.value)
         assert message.startswith(str(tmp_path / "SegmentationClassAug" / "2007_00000"))
-        assert message.endswith("the values 99; expected classes 0..20 or 255 (ignored)")
+        assert "the values 99; expected classes 0..20 or 255 (ignored)" in message
         assert "Traceback" not in message
         assert "\n" not in message
 

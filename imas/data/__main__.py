@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..config import load_config
 from ..errors import UserError, run_script
-from .check import Unhealthy, examine
+from .check import SHOWN, Unhealthy, examine
 from .draw import draw_splits, own_images, own_masks
 from .lists import read_list, read_lists
 from .splits import PUBLISHED, make_published
@@ -58,6 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--config", required=True, type=Path, help="the experiment's YAML")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key")
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read (default: one a core)")
+    command.add_argument("--verbose", action="store_true", help="name every file, not the first ten of a kind")
     command.add_argument("--write", type=Path, metavar="FILE", help="write what is wrong with which file to this file")
     return parser.parse_args(arguments)
 
@@ -66,7 +68,7 @@ def check(options: argparse.Namespace) -> None:
     """The doctor's table and findings."""
     config = load_config(options.config, options.set)
     health = examine(config, read_lists(config), workers=options.workers)
-    print("\n".join([health.table, "", *health.lines()]))
+    print("\n".join([health.table, "", *health.lines(sys.maxsize if options.verbose else SHOWN)]))
     if options.write is not None:
         files = [file for finding in health.findings for file in finding.files]
         options.write.write_text("".join(f"{file}\n" for file in files), encoding="utf-8")

@@ -29,8 +29,9 @@ class Catalog:
     decode: Callable[[Path, Image.Image, int], np.ndarray] | None = None
     drawn: Source | None = None  # where images and masks come from instead of ``files``
     side: int | None = None  # of all images in pixels, where it is known beforehand
-    # (lists that are given, names of those to find) → lists; None: the configuration must name every list.
-    find: Callable[[Mapping[str, list[str]], list[str]], dict[str, list[str]]] | None = None
+    # (lists that are given, names of those to find) → lists, and what is said of which other files; None: the
+    # configuration must name every list.
+    find: Callable[[Mapping[str, list[str]], list[str]], tuple[dict, dict[str, tuple[str, ...]]]] | None = None
     # Of a set with published lists, what its folder gives: "train", "val" and "pool", all training images, each as a
     # list file or a pattern of files.
     folder_lists: Mapping[str, str] = field(default_factory=dict)

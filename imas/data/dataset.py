@@ -135,11 +135,15 @@ def read_pair(source: Source, name: str, labels: Source | None = None) -> tuple[
     cannot be used.
     """
     image, mask = source.image(name), (labels or source).mask(name)
-    if image.size != mask.size:
-        raise DataError(
-            f"{name}: the image is {image.width}×{image.height} pixels, its mask {mask.width}×{mask.height}"
-        )
+    need_same_size(name, image.size, mask.size)
     return image, mask
+
+
+def need_same_size(name: str, image: tuple[int, int], mask: tuple[int, int]) -> None:
+    """Raise ``DataError`` where an image and its mask, by (width, height), are of different sizes."""
+    if image != mask:
+        turned = ": is the image turned by its EXIF orientation, and the mask not?" if image == mask[::-1] else ""
+        raise DataError(f"{name}: the image is {image[0]}×{image[1]} pixels, its mask {mask[0]}×{mask[1]}{turned}")
 
 
 def stacked(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -203,6 +203,8 @@ class Resumed(NamedTuple):
     partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
     scaler: dict[str, Any] | None = None  # of fp16
     rates: dict[str, float] | None = None  # what the method's last update gave for the log
+    config: dict[str, Any] | None = None  # the recipe
+    run: dict[str, Any] | None = None  # what ``provenance.describe`` gave
 
 
 def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: int) -> Resumed:
@@ -233,7 +235,8 @@ def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: i
     log.info("resumed after epoch %d%s from %s", state["epoch"] - 1, f" and {step} updates" if step else "", path)
     length = state.get("iterations_per_epoch")
     partial, scaler = state.get("partial"), state.get("scaler_state")
-    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, state.get("rates"))
+    rates, config, run = (state.get(key) for key in ("rates", "config", "run"))
+    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, rates, config, run)
 
 
 def _read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:

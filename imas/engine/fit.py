@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import resource
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,7 +23,6 @@ from ..data.catalog import catalog_of
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
-from ..data.source import DataError
 from ..data.splits import describe_lists
 from ..legacy import COLUMNS
 from ..methods.base import Method
@@ -33,7 +34,7 @@ from .evaluate import Evaluation
 from .health import Health
 from .interrupt import Interrupted, Interruption
 from .log import RunLog
-from .meter import Clock, Meter
+from .meter import Clock, Meter, NonFiniteLoss
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
 from .run import Run, resume, save, to_device
 from .show import report, show_progress, write_scores
@@ -52,6 +53,7 @@ def fit(
     device: torch.device,
     interruption: Interruption,
     resumed_from: Path | None = None,
+    by_hand: bool = False,
     momentum: tuple[Path, str] | None = None,
     keep: Collection[int] = (),
 ) -> None:
@@ -61,6 +63,7 @@ def fit(
         method: on ``device``, with the weights to start with.
         interruption: whether to stop.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
+        by_hand: that file was named, so that a run goes on from it with another recipe, too.
         momentum: a checkpoint of another method and the network whose momentum is taken from there.
         keep: numbers of epochs, from 1, after which the trained networks are saved to stay (``checkpoint.kept``).
 
@@ -81,16 +84,16 @@ def fit(
     scaler = precision.make_scaler(config.trainer, device)
     run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description, interruption)
     with contextlib.ExitStack() as stack:
-        _run_all(run, resumed_from, keep, stack)
+        if resumed_from is not None:
+            resume(run, resumed_from, by_hand)
+        source = "none" if resumed_from is None else resumed_from.name
+        distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
+        _run_all(run, keep, stack)
 
 
-def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: contextlib.ExitStack) -> None:
+def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> None:
     """Every epoch, and its end; ``stack`` closes what is opened, however the run ends."""
-    config, method, data, world = run.config, run.method, run.data, distributed.world_size()
-    if resumed_from is not None:
-        resume(run, resumed_from)
-    source = "none" if resumed_from is None else resumed_from.name
-    distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
+    config, method, data = run.config, run.method, run.data
     if config.net.sync_bn:
         synchronise(method)
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
@@ -104,26 +107,19 @@ def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: 
     epochs, done = config.trainer.epochs, run.epoch * len(data) + run.step
     bar = tqdm(
         total=epochs * len(data), initial=done, unit="it", leave=False, dynamic_ncols=True, mininterval=1.0,
-        disable=not distributed.is_main(),
+        disable=None if distributed.is_main() else True,
     )  # fmt: skip
     stack.enter_context(bar)
     matrices: dict[str, ConfusionMatrix] = {}
     for epoch in range(run.epoch, epochs):
         evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
-        try:
+        with _saved(run):
             with precision.tuned_kernels():
                 row = _train_epoch(run, wrapped, run_log, bar, epoch)
-            if evaluates:  # a run that is stopped here has done all updates of the epoch, and not yet its end
+            if evaluates:  # a run that ends here has done all updates of the epoch, and not yet its end
                 bar.clear()
                 distributed.same_buffers(method)
                 matrices = evaluation(method.scored(), partial(run.interruption.asked, (epoch + 1) * len(data)))
-        except DataError:
-            if world == 1:  # elsewhere the other ranks wait in the middle of an update
-                save(run, False)
-            raise
-        except Interrupted:
-            save(run, False)
-            raise
         run.begin_epoch(epoch + 1)
         if evaluates:
             results, improved = _note_results(run, matrices, epoch)
@@ -147,6 +143,26 @@ def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: 
     if distributed.is_main():
         bar.clear()
         report(run, matrices, evaluation, run_log)
+
+
+@contextlib.contextmanager
+def _saved(run: Run) -> Iterator[None]:
+    """Whatever ends a run leaves a checkpoint, if that can be: not with several processes, of which the others wait in
+    the middle of an update, nor within one, nor of networks that have become NaN.
+    """
+    try:
+        yield
+    except NonFiniteLoss:
+        raise
+    except Exception as error:
+        if isinstance(error, Interrupted):
+            save(run, False)
+        elif distributed.world_size() == 1 and run.whole:
+            try:
+                save(run, False)
+            except Exception as other:
+                log.warning("no checkpoint could be written: %s", other)
+        raise
 
 
 def _announce(run: Run, run_log: RunLog) -> None:
@@ -181,7 +197,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
             replaced[problem] += 1
         run.meter.add(_update(run, wrapped, normalise, batches, iteration))
         pace()
-        run.step = step + 1
+        run.step, run.whole = step + 1, True
         bar.update()
         logs = (iteration + 1) % log_every == 0
         if logs or step + 1 == length:
@@ -220,6 +236,7 @@ def _update(
         outputs.append(step.scalars)
         if step.score is not None:
             run.scores.append((unlabeled.index, step.score))
+    run.whole = False
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.rates = run.method.after_step(progress)
@@ -245,8 +262,8 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     """The columns of an evaluation, and whether it is the best so far; the run keeps the best."""
     results = {name: 100 * matrix.miou for name, matrix in matrices.items()}
     selecting = next(iter(results))
-    before = run.best or dict.fromkeys(results, -1.0)
-    run.best = {name: max(before[name], results[name]) for name in results}
+    before = run.best or {}
+    run.best = {name: float(np.fmax(before.get(name, math.nan), value)) for name, value in results.items()}
     figures = (f"{name} mIoU {value:.2f} (best {run.best[name]:.2f})" for name, value in results.items())
     log.info("epoch %d: %s", epoch, ", ".join(figures))
     columns = {column(name): value for name, value in results.items()}
@@ -255,7 +272,7 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     columns["best"] = run.best[selecting]
     others = [name for name in results if name != selecting] or [selecting]
     columns |= {column(name).replace("miou_", "best-"): run.best[name] for name in others}
-    return columns, results[selecting] > before[selecting]
+    return columns, run.best[selecting] > float(np.fmax(before.get(selecting, -1.0), -1.0))
 
 
 def _report_replaced(replaced: list[Counter[str]], epoch: int) -> None:

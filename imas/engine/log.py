@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import distributed
+from ..errors import UserError
 from ..files import replacing
 
 log = logging.getLogger("imas")
@@ -26,7 +27,19 @@ def start_logging(folder: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         log.handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8"))
     for handler in log.handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+
+def need_tensorboard() -> None:
+    """Raise ``UserError`` where TensorBoard cannot be imported."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401  takes a second
+    except Exception as error:  # a protobuf that does not fit raises a TypeError
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"saver.use_tb: TensorBoard cannot be imported ({type(error).__name__}: {reason}); "
+            "install it anew (pip install tensorboard), or set saver.use_tb: false"
+        ) from None
 
 
 class RunLog:

@@ -133,6 +133,7 @@ class Session:
             device=self.device,
             interruption=self.interruption,
             resumed_from=found,
+            by_hand=self.resume not in ("auto", "never"),
             momentum=None if found is not None or momentum is None else (start, momentum),
             keep=keep,
         )  # fmt: skip
@@ -194,7 +195,8 @@ class Session:
 
     def images(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Training images at their own size: each name with its (1, 3, H, W) normalised image, on the device."""
-        bar = {"unit": "image", "leave": False, "dynamic_ncols": True, "disable": not distributed.is_main()}
+        shown = None if distributed.is_main() else True  # None: on a terminal
+        bar = {"unit": "image", "leave": False, "dynamic_ncols": True, "disable": shown}
         for name, image in zip(names, tqdm(whole_images(self.config, names), total=len(names), **bar)):
             yield name, self.normalise(image.unsqueeze(0).to(self.device))
 

@@ -60,7 +60,8 @@ def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluatio
     scores = last_scores(config.log_dir)
     _draw(run, evaluation, scores, lambda name, sheet: sheet.save(config.log_dir / f"{name}.png"))
     log.info("pictures:     %s", ", ".join(map(str, sorted(config.log_dir.glob("*.png")))))
-    log.info("checkpoints:  %s, %s", config.snapshot_dir / checkpoint.BEST, checkpoint.LAST)
+    written = [name for name in (checkpoint.BEST, checkpoint.LAST) if (config.snapshot_dir / name).is_file()]
+    log.info("checkpoints:  %s", config.snapshot_dir / ", ".join(written))
     log.info("curves:       %s, training.csv, scores.csv", config.log_dir / "metrics.csv")
     if config.saver.use_tb:
         log.info("TensorBoard:  tensorboard --logdir %s", config.log_dir / "tensorboard")
