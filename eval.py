@@ -14,6 +14,8 @@ Images without ground truth, each at its own size; OUT gets the folders index (c
 overlay (the image, half covered by the colours) and confidence (the class's mean probability, grey 0..255 for 0..1):
 
     python eval.py --checkpoint FILE --images photos --save-dir OUT
+
+With --min-confidence 0.9 less sure pixels are 255 in the index PNGs: masks to train on, which leave such pixels out.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from imas.schema import Config
 
 log = logging.getLogger("imas")
 _WITH_TRUTH = ("list", "root", "json", "csv", "confusion")
-_WITHOUT_TRUTH = ("save_dir", "cityscapes_ids")
+_WITHOUT_TRUTH = ("save_dir", "cityscapes_ids", "min_confidence")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -72,6 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     images = "image files (quote a pattern); sub-folders are kept"
     free.add_argument("--images", nargs="+", metavar="DIR|FILE|GLOB", help=images)
     free.add_argument("--save-dir", type=Path, metavar="OUT", help="folder for the predictions")
+    free.add_argument("--min-confidence", type=float, default=0.0, metavar="P", help="write 255 for less sure pixels")
     ids = "write labelIds, as the Cityscapes test server wants them"
     free.add_argument("--cityscapes-ids", action="store_true", help=ids)
     return parser.parse_args(arguments)
@@ -108,6 +111,8 @@ def check_options(options: argparse.Namespace) -> None:
         together.errors.append("--images: needs --save-dir OUT, the folder for the predictions")
     if not all(0 < scale < float("inf") for scale in options.scales):
         together.errors.append(f"--scales {' '.join(map(str, options.scales))}: expected numbers above 0")
+    if not 0 <= options.min_confidence <= 1:
+        together.errors.append(f"--min-confidence {options.min_confidence:g}: expected a number between 0 and 1")
     for name in ("json", "csv", "confusion"):
         if given[name] is not None:
             together(need_writable, f"--{name}", given[name])
@@ -204,7 +209,8 @@ def predict(
     with distributed.process_group() as device:
         predictor = Predictor(protocol, device, options.accumulate)
         ids = catalog_of(config.dataset).test_ids if options.cityscapes_ids else None
-        problems += predict_images(network.to(device), images, predictor, config.dataset, options.save_dir, ids)
+        how = (predictor, config.dataset, options.save_dir, ids, options.min_confidence)
+        problems += predict_images(network.to(device), images, *how)
     if problems and distributed.is_main():
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise Incomplete(f"{len(problems)} of {count} images have no prediction (all others are written):\n{lines}")

@@ -112,7 +112,7 @@ def prepare(config: Config, resume: str) -> Lists:
         together(checkpoint.start_from, method.networks(), start)
     if method is not None:
         averages = AVERAGES[config.trainer.optimizer.type]
-        together(checkpoint.need_space, config.snapshot_dir, method.networks(), averages)
+        together(checkpoint.need_space, config.snapshot_dir, method.networks(), averages, method.extra_bytes())
     together.finish()
     return lists
 

@@ -59,6 +59,7 @@ def build_model(net: Net | Mapping[str, Any], pretrained: bool = True) -> DeepLa
         low_conv_planes=decoder.low_conv_planes,
         dilations=decoder.dilations,
         aux=net.aux_loss is not None,
+        embedding=net.embedding,
     )
 
 

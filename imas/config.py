@@ -211,6 +211,9 @@ def _check_classes(config: Config, reader: Reader) -> None:
 
 
 def _check_method(config: Config, reader: Reader) -> None:
+    if config.net.embedding is not None and not METHODS[config.method].trains_embedding:
+        trained = ", ".join(name for name, method in METHODS.items() if method.trains_embedding)
+        reader.error("net.embedding", f"{config.method} does not train it: leave the key out (it is for {trained})")
     for key, problem in METHODS[config.method].check(config).items():
         reader.error(key, problem)
 
@@ -238,6 +241,12 @@ def _check_data(config: Config, reader: Reader) -> None:
     dataset, train, catalog = config.dataset, config.dataset.train, catalog_of(config.dataset)
     if train.rand_resize is not None and train.resize_base_size is None:
         reader.error("dataset.train.resize_base_size", "missing; dataset.train.rand_resize needs it")
+    if not config.wants.pseudo_label:
+        reads = f"only for a method that reads pseudo labels from files, which {config.method} does not"
+        if train.pseudo_labels is not None:
+            reader.error("dataset.train.pseudo_labels", reads)
+        if train.strong_aug is not None and train.strong_aug.cutout:
+            reader.error("dataset.train.strong_aug.cutout", reads)
     if train.crop is None and (train.rand_resize is not None or catalog.side is None):
         reader.error("dataset.train.crop", "missing; images of different sizes need a crop to be batched")
     largest = _largest_image(config)

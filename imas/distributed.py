@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -309,6 +309,25 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def concat(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Every rank's tensor, joined along the first dimension in the order of the ranks; of one process: its own.
+
+    Args:
+        tensor: (length, …), all else equal on all ranks.
+        lengths: of every rank, the same list on all of them.
+    """
+    if world_size() == 1:
+        return tensor
+    longest = max(lengths)
+    if longest == 0:
+        return tensor
+    padded = tensor.new_zeros(longest, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
 def gather(value: Any) -> list[Any]:

@@ -18,7 +18,7 @@ STATE_KEYS = {"student": "model_state", "teacher": "teacher_state"}  # in checkp
 COLUMNS = {"student": "miou_stu", "teacher": "miou_tea"}  # in metrics.csv
 
 # Former prefix or name of a value → today's. The authors' files name Python classes: only the class name counts.
-_MODULE = re.compile(r"^(imas|u2pl)\.(\w+\.)*")
+_MODULE = re.compile(r"^(augseg|imas|u2pl)\.(\w+\.)*")
 _SPELLINGS = {
     "dataset.type": {"pascal_semi": "pascal", "cityscapes_semi": "cityscapes"},
     "net.encoder.type": {},
@@ -29,11 +29,11 @@ _SPELLINGS = {
 # Keys that steer nothing any more → the values that they may have, None for any.
 _IGNORED_KEYS: dict[str, tuple | None] = {
     "dataset.val.crop.type": ("rand", "center"),
+    "trainer.evaluate_student": (True, False),  # both networks are evaluated
     "saver.pretrain": None,
     "criterion.kwargs.use_weight": (False,),
     "net.encoder.kwargs.fpn": (True,),
     "net.encoder.kwargs.pretrained": None,
-    "net.decoder.kwargs.rep_head": (False,),
 }
 
 # Former key or section → today's, in this order. A section brings all of its keys along.
@@ -53,8 +53,30 @@ _IMAS = {
     "imas.hardness.flag_mapping_gaussian": "imas.hardness.gaussian_box",
 }
 _SUP_ONLY = {"dataset.train.strong_aug.labeled": "sup_only.strong_views"}
-_FORMER = {"imas": _IMAS, "sup_only": _SUP_ONLY}
-_VALUES: dict[str, Callable[[Any], Any]] = {"imas.hardness.flag_using_v1": {True: 1, False: 2}.__getitem__}
+_AUGSEG = {
+    "trainer.unsupervised.threshold": "augseg.threshold",
+    "trainer.unsupervised": "augseg",
+    "trainer.sup_only_epoch": "augseg.sup_only_epoch",
+    "net.ema_decay": "augseg.ema_decay",
+    "augseg.flag_extra_weak": "augseg.extra_weak",
+    "dataset.train.strong_aug.flag_use_random_num_sampling": "dataset.train.strong_aug.random_number",
+}
+_FORMER = {"augseg": _AUGSEG, "imas": _IMAS, "sup_only": _SUP_ONLY}
+_VALUES: dict[str, Callable[[Any], Any]] = {
+    "imas.hardness.flag_using_v1": {True: 1, False: 2}.__getitem__,
+    "trainer.unsupervised.threshold": lambda value: max(value, 0.0),  # AugSeg's: below 0 every pixel is kept
+}
+
+# What a section of a former file means where a key is not there: section → keys.
+_IMPLIED: dict[str, dict[str, dict[str, Any]]] = {
+    "augseg": {"dataset.train.strong_aug": {"type": "narrow_pool", "random_number": True}}
+}
+# Keys that only AugSeg's files have.
+_OF_AUGSEG = (
+    "trainer.unsupervised.use_cutmix_adaptive",
+    "trainer.unsupervised.flag_extra_weak",
+    "dataset.train.strong_aug.flag_use_random_num_sampling",
+)
 
 # UniMatch's own files, which have no sections but ``criterion``: key → today's.
 _UNIMATCH = {
@@ -85,10 +107,40 @@ _UNIMATCH_CODE = {
     "net.sync_bn": True,
 }
 
+# U2PL's own files, also those of its baseline. Dead keys steer nothing in U2PL's code, or only with other values.
+_SUP_ONLY["dataset.batch_size"] = "dataset.train.batch_size"
+_FORMER["u2pl"] = {
+    "trainer.unsupervised.apply_aug": "u2pl.use_cutmix",
+    "trainer.unsupervised": "u2pl",
+    "trainer.contrastive": "u2pl.contrastive",
+    "trainer.sup_only_epoch": "u2pl.sup_only_epoch",
+    "net.ema_decay": "u2pl.ema_decay",
+    "dataset.batch_size": "dataset.train.batch_size",
+}
+_VALUES["trainer.unsupervised.apply_aug"] = {"cutmix": True, False: False, None: False}.__getitem__
+_U2PL_DEAD: dict[str, tuple | None] = {
+    "dataset.noise_std": None,
+    "dataset.train.noise_std": None,
+    "dataset.train.GaussianBlur": (False,),
+    "trainer.eval_on": None,
+    "trainer.unsupervised.TTA": None,
+    "trainer.contrastive.unsupervised_entropy_ignore": None,
+    "trainer.contrastive.anchor_ema": (False,),
+}
+# What is in U2PL's code instead, or where a key is not there.
+_U2PL_CODE = {"trainer.sup_only_epoch": 1, "trainer.unsupervised.apply_aug": False, "net.embedding": 256}
+_U2PL_SIZES = {"pascal": 500, "cityscapes": [1024, 2048]}  # of nearly all images, which are resized from their own
+
 # Keys that former files may have although the method has no use for them.
 _IDLE = {
     "imas": ("dataset.train.strong_aug.labeled",),
-    "sup_only": ("trainer.sup_only_epoch", "net.ema_decay", "trainer.unsupervised", "dataset.train.hardness_aware"),
+    "sup_only": (
+        "trainer.sup_only_epoch",
+        "net.ema_decay",
+        "trainer.unsupervised",
+        "dataset.train.hardness_aware",
+        "dataset.train.strong_aug.flag_use_random_num_sampling",
+    ),
 }
 
 # The authors' baseline leaves out the last short batch of an epoch on Cityscapes, and trains on it on Pascal.
@@ -100,8 +152,13 @@ def method_of(raw: dict[str, Any]) -> str:
     named = raw.get("method")
     if named is not None:
         return str(named)
-    trainer = raw.get("trainer")
-    return "imas" if isinstance(trainer, dict) and trainer.get("unsupervised") is not None else "sup_only"
+    if get(raw, "trainer.contrastive") not in (MISSING, None):
+        return "u2pl"
+    if get(raw, "trainer.unsupervised") in (MISSING, None):
+        return "sup_only"
+    types = (str(get(raw, key)) for key in _SPELLINGS)
+    own = any(get(raw, key) is not MISSING for key in _OF_AUGSEG) or any(type_.startswith("augseg.") for type_ in types)
+    return "augseg" if own else "imas"
 
 
 def unfolded(raw: dict[str, Any], reader: Reader) -> tuple[dict[str, Any], list[str]]:
@@ -142,6 +199,7 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
         reader: gets the mistakes; it learns how the user wrote each key.
     """
     remarks: list[str] = []
+    of_u2pl = former and _is_of_u2pl(raw, method)
     for key, names in _SPELLINGS.items():
         value = get(raw, key)
         if isinstance(value, str):
@@ -150,7 +208,8 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             if today != value:
                 put(raw, key, today)
                 remarks.append(f"{key}: {value} → {today}")
-    for key, allowed in _IGNORED_KEYS.items():
+    dead = _U2PL_DEAD if former and method in ("u2pl", "sup_only") else {}
+    for key, allowed in (_IGNORED_KEYS | dead).items():
         value = _pop(raw, key)
         if value is MISSING:
             continue
@@ -158,6 +217,13 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             reader.error(key, f"only {' or '.join(map(show, allowed))} is supported, got {show(value)}")
         else:
             remarks.append(f"{key}: has no meaning any more")
+    head = _pop(raw, "net.decoder.kwargs.rep_head")
+    if head is not MISSING and head not in (True, False):
+        reader.error("net.decoder.kwargs.rep_head", f"expected true or false, got {show(head)}")
+    elif head is not MISSING:
+        _move(raw, "net.decoder.kwargs.rep_head", "net.embedding", 256 if head else None, reader, remarks)
+    if of_u2pl:
+        _fill_in(raw, method, remarks)
     if former:
         raw.pop("method", None)
         for key in _IDLE.get(method, ()):
@@ -173,6 +239,11 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             _move(raw, key, today, value, reader, remarks)
         if section in reader.written:
             reader.former.setdefault(section, []).append(key.rpartition(".")[2])
+    for section, keys in _IMPLIED.get(method, {}).items() if former else ():
+        there = get(raw, section)
+        for key in keys.keys() - there.keys() if isinstance(there, dict) else ():
+            there[key] = keys[key]
+            remarks.append(f"{section}.{key}: {show(keys[key])}, as all files of {method} mean it")
     return raw, remarks
 
 
@@ -210,6 +281,27 @@ def _move(raw: dict[str, Any], key: str, today: str, value: Any, reader: Reader,
     with contextlib.suppress(ValueError):  # the section is none, which the reader will say
         put(raw, today, value)
     remarks.append(f"{written} → {today}" + ("" if isinstance(value, dict) else f": {show(value)}"))
+
+
+def _is_of_u2pl(raw: dict[str, Any], method: str) -> bool:
+    """Whether a raw file is a whole one of U2PL's; its baselines differ from those of iMAS in what they leave out."""
+    if method == "u2pl":
+        return "net" in raw and get(raw, "trainer.contrastive") is not MISSING
+    own = str(get(raw, "net.encoder.type")).startswith("u2pl.") and method == "sup_only"
+    return own and get(raw, "dataset.train.resize_base_size") is MISSING and "dataset" in raw
+
+
+def _fill_in(raw: dict[str, Any], method: str, remarks: list[str]) -> None:
+    """What a file of U2PL's leaves to its code."""
+    type_, encoder = get(raw, "dataset.type"), get(raw, "net.encoder.type")
+    implied = (_U2PL_CODE if method == "u2pl" else {}) | {"net.encoder.pretrain": f"pretrained/{encoder}.pth"}
+    if get(raw, "dataset.train.rand_resize") not in (MISSING, None) and type_ in _U2PL_SIZES:
+        implied["dataset.train.resize_base_size"] = _U2PL_SIZES[type_]
+    for key, value in implied.items():
+        if get(raw, key) is MISSING:
+            with contextlib.suppress(ValueError):  # the section is none, which the reader will say
+                put(raw, key, value)
+            remarks.append(f"{key}: {show(value)}, as in U2PL's code")
 
 
 def _with_children(key: str, today: str, value: Any) -> Iterator[tuple[str, str]]:

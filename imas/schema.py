@@ -54,8 +54,10 @@ class ValCrop:
 class StrongAug:
     """A strong view; ``data/strong.py`` has a function for each kind."""
 
-    type: Literal["pool", "jitter"] = "pool"
-    num_augs: int = option(2, check=AT_LEAST_ONE)  # of pool: operations of a view
+    type: Literal["pool", "narrow_pool", "jitter"] = "pool"
+    num_augs: int = option(2, check=AT_LEAST_ONE)  # of the pools: operations of a view
+    random_number: bool = False  # of the pools: 1 to num_augs operations, each number as often
+    cutout: bool = False  # noise in a box of half the views, which their pseudo label leaves out
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class TrainData:
     )
     crop: Crop | None = None
     strong_aug: StrongAug | None = None
+    pseudo_labels: str | None = None  # a folder of labels of the unlabeled images, for a method that reads such
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class OptimizerKwargs:
     lr: float = option(check=POSITIVE)  # of the encoder
     momentum: float = option(0.9, check=FRACTION)
     weight_decay: float = option(0.0, check=NOT_NEGATIVE)
+    decay: Literal["all", "convolutions"] = "all"  # what weight_decay is for: convolutions leaves out BatchNorm, biases
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,7 @@ class Net:
     encoder: Encoder = option()
     decoder: Decoder = option(Decoder)
     aux_loss: AuxLoss | None = None
+    embedding: int | None = option(None, check=AT_LEAST_ONE)  # width of a representation of each pixel, for U2PL
     sync_bn: bool = False
 
 

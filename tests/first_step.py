@@ -32,6 +32,8 @@ def progress(epoch: int = 0, iteration: int = 0, per_epoch: int = 5, seed: int =
 def small(name: str, net: dict = NET, **options: Any) -> Method:
     """A method by its name, with small networks that are fairly sure and differ from each other."""
     torch.manual_seed(0)
+    if METHODS[name].trains_embedding:
+        net = net | {"embedding": 8}
     method = METHODS[name](METHODS[name].Options(**options), partial(build_model, net), SUPERVISED).train()
     return unlike(method, 40)
 

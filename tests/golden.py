@@ -46,8 +46,8 @@ def made(recipe: str, **names: Any) -> Tensor:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, salt: str = "") -> nn.Module:
-    """Overwrite every weight by numbers that follow from its name."""
+def fill(model: nn.Module, salt: str = "", gain: float = 0.12) -> nn.Module:
+    """Overwrite every weight by numbers that follow from its name; those of the last layer times ``gain``."""
     state = model.state_dict()
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked"):
@@ -62,7 +62,8 @@ def fill(model: nn.Module, salt: str = "") -> nn.Module:
         else:
             r = 0.1 * r
         tensor.copy_(r)
-    state["decoder.classifier.6.weight"].mul_(0.12)
+    if "decoder.classifier.6.weight" in state:
+        state["decoder.classifier.6.weight"].mul_(gain)
     return model
 
 

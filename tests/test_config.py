@@ -139,7 +139,8 @@ OLD_PASCAL_TODAY = {
             "rand_resize": [0.5, 2.0],
             "resize_base_size": 500,
             "crop": {"type": "rand", "size": [513, 513]},
-            "strong_aug": {"type": "pool", "num_augs": 3},
+            "strong_aug": {"type": "pool", "num_augs": 3, "random_number": False, "cutout": False},
+            "pseudo_labels": None,
         },
         "val": {
             "data_root": "./data/VOC2012_val",
@@ -172,7 +173,7 @@ OLD_PASCAL_TODAY = {
         "optimizer": {
             "type": "SGD",
             "head_lr_times": 10.0,
-            "kwargs": {"lr": 0.001, "momentum": 0.8, "weight_decay": 0.0001},
+            "kwargs": {"lr": 0.001, "momentum": 0.8, "weight_decay": 0.0001, "decay": "all"},
         },
         "lr_scheduler": {"mode": "poly", "kwargs": {"power": 0.8, "targetlr": 0.0, "milestones": []}},
     },
@@ -187,6 +188,7 @@ OLD_PASCAL_TODAY = {
     "net": {
         "num_classes": 21,
         "sync_bn": True,
+        "embedding": None,
         "aux_loss": {"aux_plane": 1024, "loss_weight": 0.3},
         "encoder": {
             "type": "resnet50",
@@ -642,7 +644,7 @@ WRONG_VALUES = {
     "tiny shapes": ("shapes", {"dataset.shapes.size": 8}, "dataset.shapes.size", "at least 32"),
     # former keys with values that they could not have
     "fpn off": ("old", {"net.encoder.kwargs.fpn": False}, "net.encoder.kwargs.fpn", "only True"),
-    "rep_head on": ("old", {"net.decoder.kwargs.rep_head": True}, "net.decoder.kwargs.rep_head", "only False"),
+    "rep_head on": ("old", {"net.decoder.kwargs.rep_head": True}, "net.decoder.kwargs.rep_head", "does not train it"),
     "class weights": ("old", {"criterion.kwargs.use_weight": True}, "criterion.kwargs.use_weight", "only False"),
     "former flag with a text": (
         "old", {"trainer.unsupervised.flag_ema_pseudo": "yep"}, "trainer.unsupervised.flag_ema_pseudo", "true or false",

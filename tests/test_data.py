@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_without_unlabeled_no_unlabeled_image_is_read(tmp_path: Path) -> None:
     for name in read_list(tmp_path / "unlabeled.txt"):
         (tmp_path / "JPEGImages" / f"{name}.jpg").unlink()
     batches = _batches(data, 0, False)
-    assert [set(batch) for batch in batches] == [{"images", "labels"}] * 2
+    assert [set(batch) for batch in batches] == [{"labeled", "skipped"}] * 2
 
 
 # Mistakes in the data
@@ -844,11 +845,13 @@ def test_orders_and_draws_come_from_different_generators(monkeypatch: pytest.Mon
     assert set(states.values()) == {1}
 
 
-def _equal(first: list[dict], second: list[dict]) -> bool:
-    return len(first) == len(second) and all(
-        one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-        for one, two in zip(first, second)
-    )
+def _equal(first: Any, second: Any) -> bool:
+    """Whether batches, dicts and lists of tensors, are the same."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    return torch.equal(first, second)
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:

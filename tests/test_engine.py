@@ -181,7 +181,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensors() -> None:
         checkpoint.load_network(network, "student", {"model_state": weights}, "old.pth")
     for words in ("old.pth", "missing: 1.bias", "unexpected: extra", "0.weight (9, 9), expected (3, 2)"):
         assert words in str(error.value)
-    with pytest.raises(UserError, match="holds no teacher"):
+    with pytest.raises(UserError, match="has no network teacher; it has student"):
         checkpoint.load_network(network, "teacher", {"model_state": weights}, "old.pth")
 
 

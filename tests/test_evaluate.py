@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, TINY, run
 from PIL import Image
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 import eval as script
 from imas import build_model, load_config, predict_sliding
 from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, voc_palette
+from imas.data.check import check_data
 from imas.data.shapes import CLASS_NAMES
 from imas.engine.predict import find_images
 from imas.engine.sliding import Predictor, Protocol, labels, labels_and_confidence, protocol_bands
@@ -298,6 +300,31 @@ def test_images_are_predicted_as_those_of_a_list(trained, tmp_path: Path, capsys
     confidence = Image.open(tmp_path / "data" / "confidence" / "sub" / "alpha.png")
     assert confidence.mode == "L" and 63 <= confidence.getextrema()[0] <= confidence.getextrema()[1] <= 255
     assert Image.open(tmp_path / "data" / "overlay" / "sub" / "alpha.jpg").size == (40, 9)
+
+
+def test_uncertain_pixels_become_255_in_masks_to_train_on(trained, tmp_path: Path) -> None:
+    _photos(tmp_path / "images")
+    dataset = FOLDER | {"train": {"data_root": str(tmp_path), "crop": {"size": 33}}}
+    dataset["val"] = {"data_list": str(tmp_path / "list.txt"), "crop": {"size": 48}}
+    words = ("--checkpoint", trained(dataset=dataset), "--images", tmp_path / "images", "--save-dir")
+    _main(*words, tmp_path / "plain")
+    sure = np.asarray(Image.open(tmp_path / "plain" / "confidence" / "a.png")) / 255
+    limit = float(np.median(sure))
+    _main(*words, tmp_path / "out", "--min-confidence", limit)
+    plain, masked = (np.asarray(Image.open(tmp_path / name / "index" / "a.png")) for name in ("plain", "out"))
+    clear = abs(sure - limit) > 0.01  # the picture of the confidence is rounded
+    assert (masked[clear & (sure < limit)] == 255).all() and 0 < (masked == 255).mean() < 1
+    assert (masked[clear & (sure > limit)] == plain[clear & (sure > limit)]).all()
+
+    (tmp_path / "out" / "index").rename(tmp_path / "masks")
+    (tmp_path / "list.txt").write_text("a.png\n")
+    path = tmp_path / "config.yaml"
+    sections = {key: TINY[key] for key in ("trainer", "net")} | {"sup_only": {}, "dataset": dataset}
+    path.write_text(yaml.safe_dump(sections))
+    config = load_config(path)
+    assert len(check_data(config).labeled) == 5
+    with pytest.raises(UserError, match="--min-confidence 2: expected a number between 0 and 1"):
+        _main(*words, tmp_path / "out", "--min-confidence", 2)
 
 
 def test_what_cannot_be_predicted_is_said_at_the_end(trained, tmp_path: Path) -> None:

@@ -130,18 +130,20 @@ def test_resume_from_a_file_equals_resume_from_the_last(experiment: Experiment, 
 
 
 def test_momentum_of_other_parameters_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    networks = {"student": nn.Linear(3, 2)}
-    optimizer = torch.optim.SGD([{"name": "all", "params": list(networks["student"].parameters())}], 0.1, 0.9)
-    networks["student"](torch.ones(1, 3)).sum().backward()
+    method = nn.Module()
+    method.student = nn.Linear(3, 2)
+    method.networks = lambda: {"student": method.student}
+    optimizer = torch.optim.SGD([{"name": "all", "params": list(method.parameters())}], 0.1, 0.9)
+    method.student(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    state = {"epoch": 1, "model_state": networks["student"].state_dict(), "optimizer_state": optimizer.state_dict()}
+    state = {"epoch": 1, "model_state": method.student.state_dict(), "optimizer_state": optimizer.state_dict()}
     momentum = [values["momentum_buffer"] for values in state["optimizer_state"]["state"].values()]
     for order, kept in (([0, 1], True), ([1, 0], False)):
         state["optimizer_state"]["state"] = {i: {"momentum_buffer": momentum[k].clone()} for i, k in enumerate(order)}
         torch.save(state, tmp_path / "ckpt.pth")
-        fresh = torch.optim.SGD([{"name": "all", "params": list(networks["student"].parameters())}], 0.1, 0.9)
+        fresh = torch.optim.SGD([{"name": "all", "params": list(method.parameters())}], 0.1, 0.9)
         caplog.clear()
-        assert checkpoint.resume(tmp_path / "ckpt.pth", networks, fresh, 0)[:2] == (1, None)
+        assert checkpoint.resume(tmp_path / "ckpt.pth", method, fresh, 0)[:2] == (1, None)
         assert bool(fresh.state_dict()["state"]) == kept
         assert ("momentum starts at zero" in caplog.text) != kept
 

@@ -16,6 +16,7 @@ from imas.engine.optim import param_groups
 from imas.methods import METHODS
 from imas.methods.base import Labeled, Method, Step, Unlabeled
 from imas.methods.imas import IMAS, HardnessOptions, Options
+from imas.methods.u2pl import Contrastive
 from imas.ops import mixing
 from imas.schema import Wants
 
@@ -249,9 +250,14 @@ def test_a_step_is_a_pure_function_of_its_inputs() -> None:
 # A line for each method: the options of its section with which its step does all that it can.
 CONTRACT = {
     "imas": {"threshold": 0.5, "use_cutmix": True, "hardness": HardnessOptions(blend=True)},
+    "psmt": {"threshold": 0.5, "assist": 2},
     "sup_only": {"strong_views": True},
     "fixmatch": {"threshold": 0.5, "teacher": True},
     "unimatch": {"threshold": 0.5},
+    "augseg": {"threshold": 0.5, "extra_weak": True},
+    "cps": {},
+    "u2pl": {"contrastive": Contrastive(low_rank=1, max_new_keys=20)},
+    "stpp": {},
 }
 
 

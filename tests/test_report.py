@@ -23,23 +23,15 @@ import train_semi
 from imas import load_config
 from imas.errors import UserError
 from imas.report import write
-from imas.report.markup import Line, chart, number
+from imas.report.markup import Line, chart
 from imas.report.records import read_records
 
 METRICS = ("epoch", "loss_lb", "loss_ub", "miou_stu", "miou_tea", "best", "best-stu")
 CLASSES = ("ground", "<b>&\"road'", "a/b")
 HOSTILE = "<script>alert(1)</script>/ä&.jpg"
-SECTIONS = [
-    "Summary",
-    "Curves",
-    "Pseudo labels of each class",
-    "Evaluation of each class, in percent",
-    "The hardest and the easiest unlabeled images",
-    "Validation images",
-    "Recipe",
-    "Environment",
-    "TensorBoard",
-]
+PICTURES = ["Unlabeled images, as a step would have treated them", "Validation images", "Further pictures"]
+IMAGES = "The hardest and the easiest unlabeled images"
+SECTIONS = ["Warnings", "Summary", "Curves", "Classes, in percent", IMAGES, *PICTURES, "Recipe", "Environment"]
 
 
 def _table(path: Path, header: tuple[str, ...] | list[str], rows: list) -> None:
@@ -50,21 +42,14 @@ def _table(path: Path, header: tuple[str, ...] | list[str], rows: list) -> None:
 def _make_run(folder: Path, threshold: float = 0.9, scale: float = 1.0) -> Path:
     """A run of six epochs, the first of them supervised only, evaluated every second one; ``scale`` of its losses."""
     log = folder / "log"
-    (log / "tensorboard").mkdir(parents=True)
+    log.mkdir(parents=True)
     miou = {1: (50.0, 50.0), 3: (60.0, 66.0), 5: (61.5, 65.0)}
     rows = [[e, scale / (e + 1), "" if e == 0 else 0.1 * scale * e, *miou.get(e, ("", "")), "", ""] for e in range(6)]
     _table(log / "metrics.csv", METRICS, rows)
     shares = {f"predicted/{name}": 0.5 / (n + 1) for n, name in enumerate(CLASSES)}
     shares |= {f"confident/{name}": 0.25 * (n == 0) for n, name in enumerate(CLASSES)}
-    unlabeled = {
-        "pseudo": 0.5,
-        "pseudo_teacher": 0.6,
-        "agreement": 0.9,
-        "decay": 0.99,
-        "score": 0.5,
-        "score_std": 0.1,
-        **shares,
-    }
+    unlabeled = {"pseudo": 0.5, "pseudo_teacher": 0.6, "agreement": 0.9, "decay": 0.99, "score": 0.5, "score_std": 0.1}
+    unlabeled |= shares
     always = {"lr_encoder": 0.1, "lr_heads": 1.0, "seconds": 0.5, "seconds_waiting": 0.1, "memory_mib": 700}
     columns = [*always, *unlabeled, "own"]
     training = [[e, *always.values(), *(unlabeled.values() if e else [""] * len(unlabeled)), e * e] for e in range(6)]
@@ -84,8 +69,8 @@ def _make_run(folder: Path, threshold: float = 0.9, scale: float = 1.0) -> Path:
     lists = {"labeled": {"images": 4, "path": None}, "unlabeled": {"images": 4}, "val": {"images": 5}}
     started = {"started": "2026-11-23T14:00:31+00:00", "command": ["python", "a <b>"], "seed": 3, "lists": lists}
     (log / "run.yaml").write_text(yaml.safe_dump([started]))
-    Image.new("RGB", (700, 90), (255, 0, 255)).save(log / "views.png")
-    Image.new("RGB", (700, 50), (0, 255, 0)).save(log / "predictions.png")
+    for name, colour in (("views", (255, 0, 255)), ("predictions", (0, 255, 0)), ("method", (0, 0, 255))):
+        Image.new("RGB", (700, 90), colour).save(log / f"{name}.png")
     return folder
 
 
@@ -106,7 +91,7 @@ def _tree(path: Path) -> ElementTree.Element:
         assert element.get("href") is None or (
             element.tag == "a" and (path.parent / unquote(element.get("href"))).is_file()
         )
-        assert element.tag != "table" or element.find("tbody/tr/th[@scope='row']") is not None
+        assert element.tag != "table" or element.find("tbody/tr/th") is not None
     return tree
 
 
@@ -124,8 +109,14 @@ def _rows(tree: ElementTree.Element, title: str) -> list[list[str]]:
     return [["".join(cell.itertext()) for cell in row] for row in section.iter("tr")]
 
 
+def _keys(tree: ElementTree.Element, title: str) -> list[str]:
+    """The legend of the chart with this title."""
+    figure = next(figure for figure in tree.iter("figure") if figure.findtext("figcaption") == title)
+    return [_text(key) for key in figure.iter("span")]
+
+
 def _charts(tree: ElementTree.Element) -> list[str]:
-    return [chart.get("aria-label") for chart in tree.findall(".//div[@class='charts']/figure/svg")]
+    return [figure.findtext("figcaption") for figure in tree.iter("figure")]
 
 
 def test_a_run_with_everything(tmp_path: Path) -> None:
@@ -133,68 +124,70 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     out = write([folder])
     assert out == folder / "log" / "report.html"
     tree = _tree(out)
-    assert _sections(tree) == SECTIONS
-    text = "".join(tree.find("body").itertext())
-    assert tree.findtext(".//h1") == "shapes_imas"
-    assert "imas · started 2026-11-23 14:00 · 6 epochs done" in text
-    assert "best mIoU 66.00 % (teacher, epoch 3; images 5, window 48)" in text
-    assert [item.text for item in tree.findall(".//li")] == [" epoch 4: class a/b never passes, try <less>"]
-    assert len(_charts(tree)) == 11 and _charts(tree)[-1] == "own"
-    summary = dict(_rows(tree, "Summary")[1:])
+    assert _sections(tree) == SECTIONS and tree.findtext(".//h1") == "shapes_imas"
+    assert [_text(item) for item in tree.findall(".//p[@class='warning']")] == [
+        "epoch 4: class a/b never passes, try <less>"
+    ]
+    assert len(_charts(tree)) == 12 and _charts(tree)[-2:] == ["own", "Pseudo labels, share of all pixels"]
+    summary = dict(_rows(tree, "Summary"))
+    assert summary["method"] == "imas" and summary["started"] == "2026-11-23 14:00" and summary["seed"] == "3"
     assert summary["images"] == "4 labeled, 4 unlabeled, 5 val" and summary["epochs"] == "6 of 6"
     assert summary["best mIoU, student"] == "61.50 % in epoch 5 (last 61.50 %)"
-    assert summary["seconds per iteration"] == "0.5 (20 % waiting for data)" and summary["seed"] == "3"
+    assert summary["best mIoU, teacher"] == "66.00 % in epoch 3 (last 65.00 %)"
+    assert summary["measured on"] == "epoch 6, images 5, window 48"
 
-    table = _rows(tree, "Evaluation of each class, in percent")
-    assert table[0] == ["class", "teacher IoU", "teacher accuracy", "student IoU", "student accuracy", "pixels"]
-    assert table[2] == [CLASSES[1], "n/a", "75.00", "n/a", "75.00", "33.30"]
-    assert table[4:] == [
-        ["mean", "65.00", "75.00", "61.50", "75.00", ""],
-        ["by frequency", "70.00", "80.00", "70.00", "80.00", ""],
+    table = _rows(tree, "Classes, in percent")
+    passed = "those that pass the threshold"
+    assert table[0] == ["class", "IoU, teacher", "IoU, student", "pixels", "pseudo labels", passed]
+    assert table[1:] == [
+        ["ground", "90.00", "90.00", "33.30", "50.00", "25.00"],
+        [CLASSES[1], "–", "–", "33.30", "25.00", "0.00"],
+        ["a/b", "40.00", "40.00", "33.30", "16.67", "0.00"],
+        ["miou", "65.00", "61.50", "–", "–", "–"],
+        ["fwiou", "70.00", "70.00", "–", "–", "–"],
+        ["mean_accuracy", "75.00", "75.00", "–", "–", "–"],
+        ["pixel_accuracy", "80.00", "80.00", "–", "–", "–"],
     ]
-
-    images = _rows(tree, "The hardest and the easiest unlabeled images")
-    assert [row[:4] for row in images if row[0] != "image"] == [
+    assert _keys(tree, "Pseudo labels, share of all pixels") == ["ground 0.5", "<b>&\"road' 0.25", "a/b 0.1667"]
+    assert _rows(tree, IMAGES) == [
+        ["hardest first", "last score", "epoch", "since first"],
         [HOSTILE, "0.500", "5", "+0.40"],
         ["b", "0.550", "5", "+0.40"],
+        ["easiest first", "last score", "epoch", "since first"],
         ["d", "0.650", "5", "+0.40"],
         ["c", "0.600", "5", "+0.40"],
     ]
-    captions = tree.findall(".//div[@class='small']/figure")
-    assert [figure.findtext("figcaption") for figure in captions] == list(CLASSES)
-    assert [figure.findtext("p") for figure in captions] == [" 50 %, 50 % pass", " 25 %, 0 % pass", " 16.7 %, 0 % pass"]
-    for image, name in zip(tree.iter("img"), ("views.png", "predictions.png"), strict=True):
+    for image, name in zip(tree.iter("img"), ("views", "predictions", "method"), strict=True):
         data = base64.b64decode(image.get("src").partition(",")[2])
-        assert data == (folder / "log" / name).read_bytes()
-    assert yaml.safe_load(tree.findtext(".//pre")) == yaml.safe_load((folder / "log" / "config.yaml").read_text())
-    (start,) = yaml.safe_load((folder / "log" / "run.yaml").read_text())
-    assert yaml.safe_load(tree.findall(".//pre")[1].text) == start
+        assert data == (folder / "log" / f"{name}.png").read_bytes()
+    for text, file in zip(tree.iter("pre"), ("config.yaml", "run.yaml"), strict=True):
+        assert yaml.safe_load(text.text) == yaml.safe_load((folder / "log" / file).read_text())
     before = out.read_bytes()
     write([folder / "log"])
     assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("missing", "sections"),
+    ("missing", "section"),
     [
-        ("training.csv", ["Pseudo labels of each class"]),
-        ("evaluation.json", ["Evaluation of each class, in percent"]),
-        ("predictions.png", ["Validation images"]),
-        ("config.yaml", ["Recipe"]),
-        ("run.yaml", ["Environment"]),
-        ("tensorboard", ["TensorBoard"]),
-        ("scores.csv", []),
-        ("warnings.csv", []),
+        ("warnings.csv", "Warnings"),
+        ("scores.csv", IMAGES),
+        ("views.png", PICTURES[0]),
+        ("predictions.png", PICTURES[1]),
+        ("method.png", PICTURES[2]),
+        ("config.yaml", "Recipe"),
+        ("run.yaml", "Environment"),
+        ("training.csv", None),
+        ("evaluation.json", None),
     ],
 )
-def test_what_is_not_there_is_not_shown(tmp_path: Path, missing: str, sections: list[str]) -> None:
+def test_what_is_not_there_is_not_shown(tmp_path: Path, missing: str, section: str | None) -> None:
     folder = _make_run(tmp_path / "run")
-    path = folder / "log" / missing
-    path.rmdir() if path.is_dir() else path.unlink()
+    (folder / "log" / missing).unlink()
     tree = _tree(write([folder]))
-    assert _sections(tree) == [title for title in SECTIONS if title not in sections]
-    assert any(chart.startswith("Scores") for chart in _charts(tree)) is (missing != "scores.csv")
-    assert (tree.find(".//li") is None) is (missing == "warnings.csv")
+    assert _sections(tree) == [title for title in SECTIONS if title != section]
+    columns = {"training.csv": 4, "evaluation.json": 3}  # of the table of classes
+    assert len(_rows(tree, "Classes, in percent")[0]) == columns.get(missing, 6)
 
 
 def test_a_folder_with_metrics_alone(tmp_path: Path) -> None:
@@ -203,13 +196,12 @@ def test_a_folder_with_metrics_alone(tmp_path: Path) -> None:
     metrics.parent.mkdir()
     _table(metrics, METRICS, [])
     tree = _tree(write([tmp_path]))
-    assert _sections(tree) == ["Summary", "Curves"] and "No epoch is done yet." in "".join(tree.itertext())
+    assert _sections(tree) == ["Summary"] and _rows(tree, "Summary") == [["epochs", "0 of ?"]]
     _table(metrics, METRICS, [[0, 1.5, "", "", "", "", ""], [1, "nan", "", 40.5, "", 40.5, 40.5], [2, 0.5]])
     tree = _tree(write([tmp_path]))
     assert _charts(tree) == ["Supervised loss", "mIoU in percent, the best marked"]
-    text = "".join(tree.itertext())
-    assert "best mIoU 40.50 % (student, epoch 1)" in text
-    assert "2 epochs done" in text and "nan" not in text
+    best = ["best mIoU, student", "40.50 % in epoch 1 (last 40.50 %)"]
+    assert _rows(tree, "Summary") == [["epochs", "2 of ?"], best]
 
 
 def test_several_runs_side_by_side(tmp_path: Path) -> None:
@@ -225,38 +217,38 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
     assert ["method", "imas", "imas", "sup_only"] in differences
     assert ["trainer.unsupervised.threshold", "0.9", "0.8", "–"] in differences
     assert not any(row[0] == "trainer.epochs" for row in differences)
-    header = _rows(tree, "Evaluation of each class, in percent")[0]
-    assert len(header) == 6 and header[-1] == "pixels"  # IoU of two networks of two runs
-    mious = tree.findall(".//div[@class='charts']/figure")[2]
+    header = _rows(tree, "Classes, in percent")[0]
+    assert [len(header), header[1], header[4], header[5]] == [
+        11, "a/seed1 IoU, teacher", "b/seed1 IoU, student", "a/seed1 pixels"
+    ]  # fmt: skip
+    mious = tree.findall(".//figure")[2]
     assert {path.get("class") for path in mious.iter("path") if path.get("class") != "grid"} == {
         "line c0 d0", "line c0 d1", "line c1 d0", "line c1 d1", "line c2 d0"
     }  # fmt: skip
-    assert [_text(key) for key in mious.iter("span")] == [
+    assert _keys(tree, "mIoU in percent, the best marked") == [
         "a/seed1 student 61.5", "a/seed1 teacher 65", "b/seed1 student 61.5", "b/seed1 teacher 65", "sup student 30"
     ]  # fmt: skip
-    assert len(list(tree.iter("img"))) == 4
+    assert len(list(tree.iter("img"))) == 6
     equal = _tree(write([first, _make_run(tmp_path / "c")], tmp_path / "equal.html"))
-    assert "Nothing: the recipes are equal." in "".join(equal.itertext())
+    assert _sections(equal) == SECTIONS  # nothing differs between the recipes
 
 
 def test_networks_and_losses_are_those_of_the_columns(tmp_path: Path) -> None:
-    """The network whose best is in ``best`` selects; without classes, scores and unlabeled data the page is whole."""
+    """Without classes, scores and unlabeled data the page is whole."""
     columns = ("epoch", "loss_lb", "loss_contrastive", "miou_student2", "miou_mean", "miou_stu", "best", "best-stu")
     (tmp_path / "log").mkdir()
     _table(tmp_path / "log" / "metrics.csv", columns, [[0, 1, 2, 50, 40, 30, 40, 30], [1, 1, 2, 51, 44, 46, 44, 46]])
     _table(tmp_path / "log" / "training.csv", ["epoch", "predicted/a"], [[0, 0.5], [1, 0.25]])
     (tmp_path / "log" / "config.yaml").write_text("dataset: {type: pascal}\nother_method: {}\ntrainer: {epochs: 2}\n")
     tree = _tree(write([tmp_path]))
-    assert _sections(tree) == ["Summary", "Curves", "Pseudo labels of each class", "Recipe"]
-    assert _charts(tree) == ["Supervised loss", "loss contrastive", "mIoU in percent, the best marked"]
-    keys = [_text(key) for key in tree.iter("span")]
-    assert keys == ["1", "2", "student2 51", "mean 44", "student 46"]
-    assert "other_method · 2 epochs done · best mIoU 44.00 % (mean, epoch 1)" in "".join(tree.itertext())
-    summary = dict(_rows(tree, "Summary")[1:])
+    assert _sections(tree) == ["Summary", "Curves", "Classes, in percent", "Recipe"]
+    assert _charts(tree)[:3] == ["Supervised loss", "mIoU in percent, the best marked", "loss contrastive"]
+    assert _keys(tree, "mIoU in percent, the best marked") == ["student2 51", "mean 44", "student 46"]
+    summary = dict(_rows(tree, "Summary"))
+    assert summary["method"] == "other_method"
     assert {name for name in summary if "mIoU" in name} == {
         "best mIoU, student2", "best mIoU, mean", "best mIoU, student"
     }  # fmt: skip
-    assert tree.findtext(".//div[@class='small']/figure/p") == " 25 %"
 
 
 def test_stages_have_pages_of_their_own(tmp_path: Path) -> None:
@@ -267,12 +259,12 @@ def test_stages_have_pages_of_their_own(tmp_path: Path) -> None:
         os.utime(log / stage / "metrics.csv", (time, time))
     for out in (None, tmp_path / "page.html"):
         tree = _tree(write([tmp_path / "run"], out))
-        assert _sections(tree) == ["Stages"] and "2 stages" in "".join(tree.itertext())
-        links = tree.findall(".//li/a")
+        assert _sections(tree) == ["Stages"]
+        links = tree.findall(".//th/a")
         assert [link.text for link in links] == ["warm up", "train"]
         where = "" if out is None else "run/log/"
         assert [link.get("href") for link in links] == [f"{where}warm%20up/report.html", f"{where}train/report.html"]
-        assert "best mIoU 66.00 % (teacher, epoch 3; images 5, window 48)" in "".join(tree.itertext())
+        assert ["best mIoU, teacher", *["66.00 % in epoch 3 (last 65.00 %)"] * 2] in _rows(tree, "Stages")
     page = _tree(log / "train" / "report.html")
     assert page.findtext(".//h1") == "train" and _sections(page) == SECTIONS
     assert write([log / "train"]) == log / "train" / "report.html"
@@ -280,10 +272,7 @@ def test_stages_have_pages_of_their_own(tmp_path: Path) -> None:
 
 
 def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("x/a/s0", "x/a/s1", "y/a/s0")]
-    for folder in folders:
-        (folder / "log").mkdir(parents=True)
-        _table(folder / "log" / "metrics.csv", METRICS, [])
+    folders = [_make_run(tmp_path / name) for name in ("x/a/s0", "x/a/s1", "y/a/s0")]
     assert [record.name for record in read_records(folders)] == ["x/a/s0", "x/a/s1", "y/a/s0"]
     assert [record.name for record in read_records(folders[:2])] == ["s0", "s1"]
     assert [record.name for record in read_records([folders[0] / "log"])] == ["s0"]
@@ -308,13 +297,6 @@ def test_files_that_are_none_of_ours(tmp_path: Path, name: str, content: str, wo
         write([folder])
     assert words in str(error.value)
     assert not (folder / "log" / "report.html").exists()
-
-
-def test_a_picture_that_cannot_be_read_is_said_and_no_more(tmp_path: Path) -> None:
-    folder = _make_run(tmp_path / "run")
-    (folder / "log" / "views.png").write_bytes(b"<script>")
-    tree = _tree(write([folder]))
-    assert len(list(tree.iter("img"))) == 1 and "views.png cannot be read" in "".join(tree.itertext())
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -354,31 +336,20 @@ def test_training_writes_the_page_and_does_not_fail_for_it(
 
 def test_a_line_is_where_its_values_are() -> None:
     """Epochs 0..10 take up 46..432 of the picture, values 0..1 take up 179..10."""
-    line = Line([0, 5, 10], [0.0, 0.5, 1.0], "c1", 5, "a<b teacher", True, [([0, 0, 0], [0.0, 0.5, 1.0])])
-    svg = ElementTree.fromstring(chart([line], title="t", epochs=(0, 10)))
-    path = next(path for path in svg.iter("path") if path.get("class") == "line c1 d1")
-    assert path.get("d") == "M46.0 179.0L239.0 94.5L432.0 10.0" and path.findtext("title") == "a<b teacher"
-    area = next(path for path in svg.iter("path") if path.get("class") == "band c1")
-    assert area.get("d") == path.get("d") + "L432.0 179.0L239.0 179.0L46.0 179.0Z"
-    best = svg.find("circle[@class='best c1']")
-    assert (best.get("cx"), best.get("cy")) == ("432.0", "10.0")
-    assert best.findtext("title") == "a<b teacher best: 1 in epoch 10"
-    ticks = [text.text for text in svg.iter("text")]
-    assert ticks == ["0", "0.2", "0.4", "0.6", "0.8", "1", "0", "2", "4", "6", "8", "10", "epoch"]
+    line = Line([0, 5, 10], [0.0, 1.0, 0.5], "c1", 5, "a<b teacher", True)
+    figure = ElementTree.fromstring(chart("t", [line]))
+    path = next(path for path in figure.find("svg").iter("path") if path.get("class") == "line c1 d1")
+    assert path.get("d") == "M46.0 179.0L239.0 10.0L432.0 94.5" and path.findtext("title") == "a<b teacher"
+    best = figure.find("svg/circle[@class='best c1']")
+    assert (best.get("cx"), best.get("cy")) == ("239.0", "10.0")
+    ticks = [text.text for text in figure.iter("text")]
+    assert ticks == ["epoch", "0", "0.2", "0.4", "0.6", "0.8", "1", "0", "2", "4", "6", "8", "10"]
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-7, 1e9])
-def test_a_chart_of_one_value(value: float) -> None:
-    large = ElementTree.fromstring(chart([Line([3], [value])], title="t", epochs=(0, 3), include=[0.0]))
-    assert 10 <= float(large.find("circle").get("cy")) <= 179
-    small = ElementTree.fromstring(chart([Line([3], [value])], title="t", epochs=(3, 3), small=True))
-    assert 4 <= float(small.find("circle").get("cy")) <= 42
-
-
-def test_figures_are_short() -> None:
-    assert [number(value) for value in (0, 0.000409, 0.0123, 61.456, 1234.5, -2)] == [
-        "0", "0.000409", "0.0123", "61.5", "1,234", "-2"
-    ]  # fmt: skip
+@pytest.mark.parametrize("values", [[0.0], [1.0], [-3.0], [1e-7], [1e9], [0.01, 0.010000000000000002]])
+def test_a_chart_of_one_value(values: list[float]) -> None:
+    figure = ElementTree.fromstring(chart("t", [Line(range(len(values)), values)]))
+    assert 10 <= float(figure.find("svg/circle").get("cy")) <= 179
 
 
 def _pixels(page: Path) -> dict[tuple[int, int, int], int]:
@@ -405,4 +376,4 @@ def test_a_browser_shows_curves_and_pictures(tmp_path: Path) -> None:
     shown, without = _pixels(page), _pixels(bare)
     for colour in ((11, 107, 179), (189, 84, 0)):
         assert shown[colour] > without[colour] + 2000, colour
-    assert shown[(255, 0, 255)] >= 2 * 700 * 90 and shown[(0, 255, 0)] >= 2 * 700 * 50
+    assert min(shown[colour] for colour in ((255, 0, 255), (0, 255, 0), (0, 0, 255))) >= 2 * 700 * 90

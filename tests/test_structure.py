@@ -28,9 +28,9 @@ ALLOWED = {
     "imas/distributed.py": {"errors"},
     "imas/ops": {"ops"},
     "imas/models": {"models", "ops.resize"},
-    "imas/methods": {"methods", "ops", "models", "schema", "strict", "distributed"},
+    "imas/methods": {"methods", "ops", "models", "schema", "strict", "distributed", "errors"},
     "imas/data/__main__.py": {"data", "config", "errors"},
-    "imas/data": {"data", "schema", "errors"},
+    "imas/data": {"data", "schema", "files", "errors"},
     "imas/config.py": {"schema", "strict", "errors", "legacy", "methods", "data.catalog"},
     "imas/build.py": {"config", "schema", "methods", "models", "ops", "errors"},
     "imas/engine": {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..errors import UserError
 from ..schema import Config
 from .catalog import catalog_of, open_source
 from .dataset import read_pair
+from .labels import label_path, open_labels
 from .lists import Lists, read_lists, val_root
 from .source import DataError, Source
 
@@ -70,7 +72,8 @@ class Look(NamedTuple):
 
 
 def check_data(config: Config, training: bool = True) -> Lists:
-    """Before every run: read the lists, find every file, and read every mask once. Unlabeled images need no mask.
+    """Before every run: read the lists, find every file, and read every mask once, those of pseudo labels with their
+    images. Unlabeled images need no mask.
 
     Args:
         training: False looks at the validation images alone.
@@ -82,19 +85,29 @@ def check_data(config: Config, training: bool = True) -> Lists:
     lists = read_lists(config, training)
     if training and (text := _other_count(config, lists)):
         log.warning("%s; the list counts", text)
+    wrong = _shared(config, lists) if training and config.wants.pseudo_label else []
+    if wrong := wrong + unusable(config, lists):
+        raise UserError("\n".join(wrong))
+    return lists
+
+
+def unusable(config: Config, lists: Lists) -> list[str]:
+    """A sentence for each list with files that cannot be used; with ``dataset.on_error: skip`` a warning instead, but
+    for validation images.
+    """
     wrong = []
     for list_name, looks in _looks(config, lists, with_images=False).items():
         problems = [problem for look in looks for problem in look.problems]
         if not problems:
             continue
-        text = "\n".join([f"{len(problems)} files of the {list_name} images cannot be used:", *_some(problems)])
+        folder = config.dataset.train.pseudo_labels if list_name == "unlabeled" else None
+        head = f"{len(problems)} files of the {list_name} images{folder and f' and their labels in {folder}' or ''}"
+        text = "\n".join([f"{head} cannot be used:", *_some(problems)])
         if list_name == "val" or config.dataset.on_error == "stop":
             wrong.append(text)
         else:
             log.warning("%s\nOther samples will take their place (dataset.on_error: skip)", text)
-    if wrong:
-        raise UserError("\n".join(wrong))
-    return lists
+    return wrong
 
 
 def examine(config: Config, lists: Lists, *, workers: int = _THREADS, limit: int | None = None) -> Health:
@@ -118,12 +131,16 @@ def _looks(
     config: Config, lists: Lists, with_images: bool, workers: int = _THREADS, limit: int | None = None
 ) -> dict[str, list[Look]]:
     """The looks at each list's images, of which all or ``limit`` are read; masks are read wherever they are used."""
-    looks = {}
-    if catalog_of(config.dataset).files is None and not with_images:
-        return looks
+    looks, dataset = {}, config.dataset
     for list_name, names in vars(lists).items():
-        root = val_root(config) if list_name == "val" else config.dataset.train.data_root
-        look = partial(_look, open_source(config.dataset, root), list_name != "unlabeled", with_images)
+        source = open_source(dataset, val_root(config) if list_name == "val" else dataset.train.data_root)
+        masks, paired = source, with_images
+        if list_name == "unlabeled":
+            paired = with_images or dataset.train.pseudo_labels is not None
+            masks = None if dataset.train.pseudo_labels is None else open_labels(dataset, dataset.train.pseudo_labels)
+        if catalog_of(dataset).files is None and not paired:
+            continue
+        look = partial(_look, source, masks, paired)
         names = names[:: 1 if limit is None else max(1, len(names) // limit)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             shown = None if names else True  # None: on a terminal
@@ -132,15 +149,15 @@ def _looks(
     return looks
 
 
-def _look(source: Source, masked: bool, with_image: bool, name: str) -> Look:
-    if missing := source.missing([name], masked):
+def _look(source: Source, masks: Source | None, with_image: bool, name: str) -> Look:
+    if missing := source.missing([name], masks is source):
         return Look(name, tuple(f"{path}: no such file" for path in missing))
     image = mask = None
     try:
-        if masked and with_image:
-            image, mask = read_pair(source, name)
-        elif masked:
-            mask = source.mask(name)
+        if masks is not None and with_image:
+            image, mask = read_pair(source, name, masks)
+        elif masks is not None:
+            mask = masks.mask(name)
         elif with_image:
             image = source.image(name)
     except DataError as error:
@@ -165,16 +182,34 @@ def _of_lists(config: Config, lists: Lists) -> list[Finding]:
         if repeated := tuple(name for name, count in Counter(names).items() if count > 1):
             text = f"{len(repeated)} names stand more than once in the {list_name} list:"
             findings.append(Finding(True, text, repeated))
-    same_root = val_root(config) == config.dataset.train.data_root
-    pairs = [("labeled", "unlabeled", False)]
-    pairs += [("labeled", "val", True), ("unlabeled", "val", True)] if same_root else []
-    for one, two, wrong in pairs:
-        if common := tuple(sorted(set(getattr(lists, one)) & set(getattr(lists, two)))):
-            text = f"{len(common)} images are both {one} and {two}"
-            text += ": the evaluation sees training images:" if wrong else ":"
-            findings.append(Finding(wrong, text, common))
+    for (one, two), common in _overlaps(config, lists).items():
+        text = f"{len(common)} images are both {one} and {two}"
+        text += ": the evaluation sees training images:" if two == "val" else ":"
+        findings.append(Finding(two == "val" or config.wants.pseudo_label, text, common))
     text = _other_count(config, lists)
     return [*findings, Finding(False, text)] if text else findings
+
+
+def _overlaps(config: Config, lists: Lists) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The images that two lists share; a validation list is of the same images only below the same root."""
+    pairs = [("labeled", "unlabeled")]
+    if val_root(config) == config.dataset.train.data_root:
+        pairs += [("labeled", "val"), ("unlabeled", "val")]
+    common = {pair: set.intersection(*(set(getattr(lists, name)) for name in pair)) for pair in pairs}
+    return {pair: tuple(sorted(names)) for pair, names in common.items() if names}
+
+
+def _shared(config: Config, lists: Lists) -> list[str]:
+    """What is wrong with unlabeled images that get pseudo labels: each needs a file of its own, and no true label."""
+    files = Counter(str(label_path(Path(), name)) for name in lists.unlabeled)
+    twice = tuple(path for path, count in files.items() if count > 1)
+    found = {"more than once in the unlabeled list, or with names of one label file": twice} if twice else {}
+    pairs = _overlaps(config, lists).items()
+    found |= {f"both {one} and {two}": names for (one, two), names in pairs if "unlabeled" in (one, two)}
+    return [
+        "\n".join([f"{len(names)} images are {what}; unlabeled images get pseudo labels:", *_some(names)])
+        for what, names in found.items()
+    ]
 
 
 def _of_classes(config: Config, looks: dict[str, list[Look]]) -> list[Finding]:

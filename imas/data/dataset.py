@@ -14,10 +14,11 @@ from torchvision.transforms import functional as TF
 
 from ..schema import StrongAug
 from .source import DataError, Source
-from .strong import strong_view
+from .strong import cutout, strong_view
 from .weak import weak_view
 
 _TRIES = 10  # at replacing a broken image
+_CUTOUT = 0.5  # how often a strong view gets its box
 
 
 class Draw(NamedTuple):
@@ -74,9 +75,9 @@ class _AugmentedSet(Dataset):
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         raise NotImplementedError
 
-    def strong_views(self, image: Image.Image, rng: np.random.Generator) -> list[Tensor]:
+    def strong_views(self, image: Image.Image, rng: np.random.Generator) -> list[Image.Image]:
         """Independent strong views of a crop."""
-        return [TF.pil_to_tensor(strong_view(image, self.strong_aug, rng)) for _ in range(self.strong)]
+        return [strong_view(image, self.strong_aug, rng) for _ in range(self.strong)]
 
 
 class LabeledSet(_AugmentedSet):
@@ -88,18 +89,40 @@ class LabeledSet(_AugmentedSet):
         image, mask = read_pair(self.source, self.names[index])
         image, mask, _ = weak_view(image, mask, rng, **self.geometry._asdict())
         label = torch.from_numpy(np.array(mask))
-        return {"image": TF.pil_to_tensor(image), "label": label, "strong": self.strong_views(image, rng)}
+        strong = [TF.pil_to_tensor(view) for view in self.strong_views(image, rng)]
+        return {"image": TF.pil_to_tensor(image), "label": label, "strong": strong}
 
 
 class UnlabeledSet(_AugmentedSet):
     """Unlabeled images, whose masks are never read: a dict of ``weak`` (3, H, W) uint8, ``strong``, a list of views of
-    the same crop with its colours changed, ``real`` (height, width) at top left that is no padding, and ``index``.
+    the same crop with its colours changed, ``real`` (height, width) at top left that is no padding, and ``index``; with
+    pseudo labels ``label`` (H, W) uint8.
+
+    Args:
+        labels: of the pseudo labels (``labels.open_labels``). Where ``strong_aug.cutout`` puts noise into a strong
+            view, the label is the ignore label.
     """
 
+    def __init__(self, *arguments: Any, labels: Source | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.labels = labels
+
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        image, _, real = weak_view(self.source.image(self.names[index]), None, rng, **self.geometry._asdict())
+        name = self.names[index]
+        if self.labels is None:
+            image, label = self.source.image(name), None
+        else:
+            image, label = read_pair(self.source, name, self.labels)
+        image, label, real = weak_view(image, label, rng, **self.geometry._asdict())
         weak, strong = TF.pil_to_tensor(image), self.strong_views(image, rng)
-        return {"weak": weak, "strong": strong, "real": torch.tensor(real), "index": torch.tensor(index)}
+        if label is not None and strong and self.strong_aug.cutout:
+            for number, view in enumerate(strong):
+                if rng.random() < _CUTOUT:
+                    strong[number], label = cutout(view, label, self.geometry.ignore_index, rng)
+        sample = {"weak": weak, "strong": [TF.pil_to_tensor(view) for view in strong]}
+        if label is not None:
+            sample["label"] = torch.from_numpy(np.array(label))
+        return sample | {"real": torch.tensor(real), "index": torch.tensor(index)}
 
 
 class EvaluationSet(Dataset):
@@ -116,9 +139,11 @@ class EvaluationSet(Dataset):
         return len(self.names)
 
 
-def read_pair(source: Source, name: str) -> tuple[Image.Image, Image.Image]:
-    """Image and mask of a name. DataError if they are of different sizes, or one cannot be used."""
-    image, mask = source.image(name), source.mask(name)
+def read_pair(source: Source, name: str, labels: Source | None = None) -> tuple[Image.Image, Image.Image]:
+    """Image and mask of a name, the mask from ``labels`` if given. DataError if they are of different sizes, or one
+    cannot be used.
+    """
+    image, mask = source.image(name), (labels or source).mask(name)
     if image.size != mask.size:
         raise DataError(
             f"{name}: the image is {image.width}×{image.height} pixels, its mask {mask.width}×{mask.height}"

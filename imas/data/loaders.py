@@ -9,21 +9,24 @@ from __future__ import annotations
 import itertools
 import multiprocessing.util
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from torchvision.transforms import functional as TF
 
 from ..errors import UserError
 from ..schema import Config
 from .cache import CachedSource
 from .catalog import open_source
 from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
+from .labels import open_labels
 from .lists import Lists, val_root
-from .source import DataError, FileSource
+from .source import DataError, FileSource, Source
 
 _STREAMS = {"labeled": 0, "unlabeled": 1}
 _OF_THE_MAIN_PROCESS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}  # see engine.interrupt
@@ -117,7 +120,9 @@ class TrainingData:
             "rand" if train.crop is None else train.crop.type,
             config.dataset.ignore_label,
         )
-        wants, strong_aug = config.wants, train.strong_aug
+        wants, strong_aug, labels = config.wants, train.strong_aug, None
+        if wants.pseudo_label and train.pseudo_labels is not None:
+            labels = open_labels(config.dataset, train.pseudo_labels)
         if strong_aug is None:
             wants = wants._replace(strong=0, labeled_strong=0)
         skip = config.dataset.on_error == "skip"
@@ -133,7 +138,8 @@ class TrainingData:
         self.labeled = _loader(labeled, self.labeled_sampler, workers)
         self.unlabeled = None
         if pool:
-            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, strong_aug, skip)
+            views = (wants.strong, strong_aug, skip)
+            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, *views, labels=labels)
             self.unlabeled_sampler = EpochSampler(
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )
@@ -184,6 +190,19 @@ def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -
         dataset, config.dataset.val.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_single_thread,
         multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
+
+
+def whole_images(config: Config, names: Sequence[str]) -> Iterator[Tensor]:
+    """Training images as they are, without their masks: (3, H, W) uint8 each."""
+    read = partial(_pixels, open_source(config.dataset, config.dataset.train.data_root))
+    workers = config.dataset.workers
+    context = "fork" if workers else None
+    loader = DataLoader(names, None, collate_fn=read, num_workers=workers, multiprocessing_context=context)
+    yield from _clear_errors(loader)
+
+
+def _pixels(source: Source, name: str) -> Tensor:
+    return TF.pil_to_tensor(source.image(name))
 
 
 def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:

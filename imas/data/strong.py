@@ -11,56 +11,75 @@ from torchvision.transforms import functional as TF
 
 from ..schema import StrongAug
 
-_SPAN = 0.999  # the authors' factor
+Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]  # (image, u in [0, 1], rng) → image
 
 
-def _enhance(kind: type) -> Callable[[Image.Image, float, np.random.Generator], Image.Image]:
-    return lambda image, u, rng: kind(image).enhance(0.95 - 0.85 * _SPAN * u)
+def _operations(span: float, fall: float, least: int) -> dict[str, Operation]:
+    """The operations by name.
+
+    Args:
+        span: what u is multiplied with.
+        fall: how far below 0.95 the factors of contrast, brightness, colour and sharpness go.
+        least: by how much the threshold of solarize is lowered at least.
+    """
+
+    def enhance(kind: type) -> Operation:
+        return lambda image, u, rng: kind(image).enhance(0.95 - fall * span * u)
+
+    def blur(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * span * u))
+
+    def posterize(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
+        return ImageOps.posterize(image, 8 - max(1, math.ceil(4 * span * u)))
+
+    def solarize(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
+        return ImageOps.solarize(image, 256 - max(least, math.ceil(255 * span * u)))
+
+    def hue(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
+        sign = 1 if rng.random() < 0.5 else -1
+        return TF.adjust_hue(image, sign * 0.5 * span * u)
+
+    return {
+        "identity": lambda image, u, rng: image,
+        "autocontrast": lambda image, u, rng: ImageOps.autocontrast(image),
+        "equalize": lambda image, u, rng: ImageOps.equalize(image),
+        "invert": lambda image, u, rng: ImageOps.invert(image),
+        "blur": blur,
+        "contrast": enhance(ImageEnhance.Contrast),
+        "brightness": enhance(ImageEnhance.Brightness),
+        "colour": enhance(ImageEnhance.Color),
+        "sharpness": enhance(ImageEnhance.Sharpness),
+        "posterize": posterize,
+        "solarize": solarize,
+        "hue": hue,
+    }
 
 
-def _blur(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * _SPAN * u))
+OPERATIONS = _operations(0.999, 0.85, 0)  # of iMAS (spec, Strong augmentation)
+NARROW_OPERATIONS = _operations(1.0, 0.9, 1)  # of AugSeg (spec, Views): no inversion
+del NARROW_OPERATIONS["invert"]
 
 
-def _posterize(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-    return ImageOps.posterize(image, 8 - max(1, math.ceil(4 * _SPAN * u)))
-
-
-def _solarize(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-    return ImageOps.solarize(image, min(max(256 - math.ceil(255 * _SPAN * u), 1), 256))
-
-
-def _hue(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-    sign = 1 if rng.random() < 0.5 else -1
-    return TF.adjust_hue(image, sign * 0.5 * _SPAN * u)
-
-
-# name → (image, u, rng) → image
-OPERATIONS: dict[str, Callable[[Image.Image, float, np.random.Generator], Image.Image]] = {
-    "identity": lambda image, u, rng: image,
-    "autocontrast": lambda image, u, rng: ImageOps.autocontrast(image),
-    "equalize": lambda image, u, rng: ImageOps.equalize(image),
-    "invert": lambda image, u, rng: ImageOps.invert(image),
-    "blur": _blur,
-    "contrast": _enhance(ImageEnhance.Contrast),
-    "brightness": _enhance(ImageEnhance.Brightness),
-    "colour": _enhance(ImageEnhance.Color),
-    "sharpness": _enhance(ImageEnhance.Sharpness),
-    "posterize": _posterize,
-    "solarize": _solarize,
-    "hue": _hue,
-}
+def _drawn(
+    operations: dict[str, Operation], image: Image.Image, options: StrongAug, rng: np.random.Generator
+) -> Image.Image:
+    """``num_augs`` operations, or 1 to ``num_augs`` with ``random_number``: drawn uniformly with replacement, one after
+    the other, each of a random strength.
+    """
+    names = list(operations)
+    number = int(rng.integers(1, options.num_augs + 1)) if options.random_number else options.num_augs
+    for _ in range(number):
+        name = names[rng.integers(len(names))]
+        image = operations[name](image, rng.random(), rng)
+    return image
 
 
 def _pool(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
-    """``num_augs`` operations, drawn uniformly with replacement, one after the other, each of a random strength
-    (iMAS; spec, Strong augmentation).
-    """
-    names = list(OPERATIONS)
-    for _ in range(options.num_augs):
-        name = names[rng.integers(len(names))]
-        image = OPERATIONS[name](image, rng.random(), rng)
-    return image
+    return _drawn(OPERATIONS, image, options, rng)
+
+
+def _narrow_pool(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
+    return _drawn(NARROW_OPERATIONS, image, options, rng)
 
 
 # name → (image, factor) → image
@@ -85,9 +104,34 @@ def _jitter(image: Image.Image, options: StrongAug, rng: np.random.Generator) ->
     return image
 
 
+def cutout_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A box inside an image, as (top, bottom, left, right): a share of 0.02 to 0.4 of its area and an aspect of 0.3 to
+    1/0.3, uniform but for boxes that reach outside, which are drawn anew: the area, too, unlike in ``mixing.area_box``
+    (ST++).
+    """
+    while True:
+        area, aspect = rng.uniform(0.02, 0.4) * height * width, rng.uniform(0.3, 1 / 0.3)
+        across, down = int(math.sqrt(area / aspect)), int(math.sqrt(area * aspect))
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        if left + across <= width and top + down <= height:
+            return top, top + down, left, left + across
+
+
+def cutout(
+    image: Image.Image, label: Image.Image, ignore_index: int, rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
+    """Copies of an RGB image with uniform noise in a box, and of its label with ``ignore_index`` there."""
+    pixels, labels = np.array(image), np.array(label)
+    top, bottom, left, right = cutout_box(*labels.shape, rng)
+    pixels[top:bottom, left:right] = rng.uniform(0, 255, (bottom - top, right - left, 3)).astype(np.uint8)
+    labels[top:bottom, left:right] = ignore_index
+    return Image.fromarray(pixels), Image.fromarray(labels)
+
+
 # ``dataset.train.strong_aug.type`` → (image, options, rng) → image
 KINDS: dict[str, Callable[[Image.Image, StrongAug, np.random.Generator], Image.Image]] = {
     "pool": _pool,
+    "narrow_pool": _narrow_pool,
     "jitter": _jitter,
 }
 

@@ -20,6 +20,7 @@ from ..models.pretrained import compare_states, describe_misfits, load_safely
 log = logging.getLogger("imas")
 
 LAST, PREVIOUS, BEST = "ckpt.pth", "ckpt_prev.pth", "ckpt_best.pth"
+_KEPT = "ckpt_epoch{:03d}.pth"
 _FILES = 4  # that stand on the disk at once: these, and the one that is being written
 _OTHER_STATES = ("optimizer_state", "scaler_state", "method_state")  # of no network
 _SHOWN = 6
@@ -49,10 +50,11 @@ def save(state: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({reason}). The last good checkpoint stays as it was") from None
 
 
-def need_space(folder: Path, networks: dict[str, nn.Module], averages: int) -> None:
+def need_space(folder: Path, networks: dict[str, nn.Module], averages: int, extra: int = 0) -> None:
     """See that the checkpoints of a run will fit on the disk.
 
     Args:
+        extra: bytes of ``Method.extra_bytes``.
         averages: running averages that the optimiser keeps of every trained parameter.
 
     Raises:
@@ -60,7 +62,7 @@ def need_space(folder: Path, networks: dict[str, nn.Module], averages: int) -> N
     """
     tensors = [tensor for network in networks.values() for tensor in network.state_dict().values()]
     trained = [weight for network in networks.values() for weight in network.parameters() if weight.requires_grad]
-    size = sum(tensor.nbytes for tensor in tensors) + averages * sum(weight.nbytes for weight in trained)
+    size = extra + sum(tensor.nbytes for tensor in tensors) + averages * sum(weight.nbytes for weight in trained)
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     if free < _FILES * size:
@@ -86,6 +88,16 @@ def read(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def kept(epoch: int) -> str:
+    """The file of networks that stay after an epoch, counted from 1."""
+    return _KEPT.format(epoch)
+
+
+def network_states(networks: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """The states of networks under their keys."""
+    return {state_key(name): network.state_dict() for name, network in networks.items()}
+
+
 def state_key(name: str) -> str:
     """The key of a network's state in a checkpoint."""
     return STATE_KEYS.get(name, f"{name}_state")
@@ -94,7 +106,7 @@ def state_key(name: str) -> str:
 def network_names(state: dict[str, Any]) -> list[str]:
     """The networks whose states a checkpoint's dict holds."""
     names = {key: name for name, key in STATE_KEYS.items()}
-    keys = [key for key in state if key.endswith("_state") and key not in _OTHER_STATES and state[key]]
+    keys = [key for key in state if key.endswith("_state") and key not in _OTHER_STATES and state[key] is not None]
     return [names.get(key, key.removesuffix("_state")) for key in keys]
 
 
@@ -107,7 +119,7 @@ def method_states(method: Method) -> dict[str, dict[str, Any]]:
         f"{name}." for name, module in method.named_modules() if any(module is each for each in networks.values())
     )
     own = {name: value for name, value in method.state_dict().items() if not name.startswith(prefixes)}
-    return {state_key(name): network.state_dict() for name, network in networks.items()} | {"method_state": own}
+    return network_states(networks) | {"method_state": own}
 
 
 def load_network(network: nn.Module, name: str, state: dict[str, Any], path: str | Path) -> None:
@@ -235,9 +247,34 @@ def _load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any] | Non
     )
     if fits:
         optimizer.load_state_dict(own | {"state": averages})
-        for parameter, values in optimizer.state.items():  # fused kernels want both in one memory format
-            for name, average in values.items():
-                if isinstance(average, Tensor) and average.dim() > 0:
-                    values[name] = torch.empty_like(parameter).copy_(average)
+        for parameter, values in optimizer.state.items():
+            optimizer.state[parameter] = _averages_like(parameter, values)
     else:
         log.warning("%s: its optimizer_state is not of these parameters in this order: momentum starts at zero", path)
+
+
+def take_momentum(optimizer: torch.optim.Optimizer, path: Path, network: str) -> None:
+    """Give an optimiser of one network the running averages that another one, of several networks, has of it.
+
+    Args:
+        optimizer: over ``optim.param_groups`` of the network alone.
+        path: a checkpoint of the other run.
+        network: its name there.
+
+    Raises:
+        UserError: see ``read``.
+    """
+    state = read(path)["optimizer_state"]
+    theirs = {group["name"]: group["params"] for group in state["param_groups"]}
+    for group in optimizer.param_groups:
+        for parameter, number in zip(group["params"], theirs[f"{network}.{group['name']}"], strict=True):
+            if number in state["state"]:
+                optimizer.state[parameter] = _averages_like(parameter, state["state"][number])
+
+
+def _averages_like(parameter: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's values of a parameter, on its device and in its memory format, as fused kernels want them."""
+    return {
+        name: torch.empty_like(parameter).copy_(value) if isinstance(value, Tensor) and value.dim() > 0 else value
+        for name, value in values.items()
+    }

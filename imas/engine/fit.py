@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..legacy import COLUMNS
 from ..methods.base import Method
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
-from . import precision, provenance
+from . import checkpoint, precision, provenance
 from .evaluate import Evaluation
 from .health import Health
 from .interrupt import Interrupted, Interruption
@@ -47,6 +48,8 @@ def fit(
     device: torch.device,
     interruption: Interruption,
     resumed_from: Path | None = None,
+    momentum: tuple[Path, str] | None = None,
+    keep: Collection[int] = (),
 ) -> None:
     """Train, evaluate, log and save.
 
@@ -55,6 +58,8 @@ def fit(
         seed: with the configuration and the number of processes it determines the run.
         interruption: whether to stop.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
+        momentum: a checkpoint of another method and the network whose momentum is taken from there.
+        keep: numbers of epochs, from 1, after which the trained networks are saved to stay (``checkpoint.kept``).
 
     Raises:
         NonFiniteLoss: naming the iteration and the losses.
@@ -63,16 +68,20 @@ def fit(
     world = distributed.world_size()
     data = TrainingData(config, lists, seed, distributed.rank(), world)
     precision.prepare(method, config.trainer, device)
-    optimizer = build_optimizer(param_groups(method.trained()), config.trainer.optimizer, lr_factor(config, world))
+    options = config.trainer.optimizer
+    groups = param_groups(method.trained(), options.kwargs.decay)
+    optimizer = build_optimizer(groups, options, lr_factor(config, world))
+    if momentum is not None:
+        checkpoint.take_momentum(optimizer, *momentum)
     meter = Meter(catalog_of(config.dataset).class_names)
     description = provenance.describe(config, lists, seed, world)
     scaler = precision.make_scaler(config.trainer, device)
     run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description, interruption)
     with contextlib.ExitStack() as stack:
-        _run_all(run, resumed_from, stack)
+        _run_all(run, resumed_from, keep, stack)
 
 
-def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -> None:
+def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: contextlib.ExitStack) -> None:
     """Every epoch, and its end; ``stack`` closes what is opened, however the run ends."""
     config, method, data, world = run.config, run.method, run.data, distributed.world_size()
     if resumed_from is not None:
@@ -120,6 +129,9 @@ def _run_all(run: Run, resumed_from: Path | None, stack: contextlib.ExitStack) -
         for warning in health.look({"epoch": epoch} | row):
             run_log.warn(epoch, warning)
         run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
+        if epoch + 1 in keep and distributed.is_main():  # first: a run that is cut off in between repeats the epoch
+            state = {"epoch": epoch + 1, **checkpoint.network_states(method.trained()), "config": config.to_dict()}
+            checkpoint.save(state, config.snapshot_dir / checkpoint.kept(epoch + 1))
         if evaluates:
             save(run, improved)
         if run_log.writer is not None and run.pictures_due():

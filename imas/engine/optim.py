@@ -81,11 +81,15 @@ def explain_batch(config: Config, world: int) -> list[str]:
 AVERAGES = {"SGD": 1, "adam": 2}  # running averages that an optimiser keeps of every trained parameter
 
 
-def param_groups(networks: Mapping[str, DeepLabV3Plus]) -> list[dict]:
+def param_groups(networks: Mapping[str, DeepLabV3Plus], decay: str = "all") -> list[dict]:
     """The parameters of ``Method.trained()``: for each network a group of the encoder and one of the heads.
 
     The groups of a network that is alone are named ``encoder`` and ``heads``, those of several ``NETWORK.encoder`` and
     ``NETWORK.heads``; ``part`` is the name without the network's.
+
+    Args:
+        decay: ``all``, or ``convolutions``: BatchNorm's parameters and biases then form groups of their own, named
+            ``encoder.undecayed`` and so on, without weight decay.
     """
     groups = []
     for name, network in networks.items():
@@ -94,7 +98,11 @@ def param_groups(networks: Mapping[str, DeepLabV3Plus]) -> list[dict]:
         heads = [parameter for parameter in network.parameters() if id(parameter) not in known]
         prefix = f"{name}." if len(networks) > 1 else ""
         for part, parameters in (("encoder", encoder), ("heads", heads)):
-            groups.append({"name": prefix + part, "part": part, "params": parameters})
+            decayed = [parameter for parameter in parameters if decay == "all" or parameter.ndim == 4]
+            groups.append({"name": prefix + part, "part": part, "params": decayed})
+            if decay == "convolutions":
+                rest = [parameter for parameter in parameters if parameter.ndim != 4]
+                groups.append({"name": f"{prefix}{part}.undecayed", "part": part, "params": rest, "weight_decay": 0.0})
     return groups
 
 

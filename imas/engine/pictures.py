@@ -42,7 +42,7 @@ def prediction_sheet(
             batch = normalise(image.unsqueeze(0).to(predictor.device))
             for name, network in networks.items():
                 columns[name].append(coloured(predictor(network, batch)[0], catalog.palette))
-    return _sheet(columns, [], catalog)
+    return sheet(columns, [], catalog)
 
 
 def look_sheet(
@@ -68,7 +68,7 @@ def look_sheet(
             palette = (_GREY, _RED) if values.dtype == torch.bool else catalog.palette
             columns[title] = [coloured(label, palette) for label in values]
     captions = [": ".join(filter(None, (caption, ", ".join(texts)))) for caption, texts in zip(captions, numbers)]
-    return _sheet(columns, captions, catalog) if columns else None
+    return sheet(columns, captions, catalog) if columns else None
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -89,7 +89,7 @@ def _fitted(tile: Image.Image) -> Image.Image:
     return tile.resize((width, height), Image.Resampling.NEAREST)
 
 
-def _sheet(columns: dict[str, list[Image.Image]], captions: Sequence[str], catalog: Catalog) -> Image.Image:
+def sheet(columns: dict[str, list[Image.Image]], captions: Sequence[str], catalog: Catalog) -> Image.Image:
     """Titles, rows of tiles, each below its caption if there are captions, and the classes with their colours."""
     rows = [[_fitted(tile) for tile in row] for row in zip(*columns.values(), strict=True)]
     width, above = len(columns) * (_TILE + _GAP) + _GAP, _LINE if captions else 0

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .. import distributed
 from ..data.catalog import catalog_of
 from ..data.folder import images_below
+from ..data.labels import index_picture
 from ..data.normalise import Normalise
 from ..data.source import DataError, read_image
 from ..errors import UserError
@@ -85,6 +86,7 @@ def predict_images(
     dataset: Dataset,
     save_dir: Path,
     ids: Sequence[int] | None = None,
+    min_confidence: float = 0.0,
 ) -> list[str]:
     """Write predictions of image files at their own size, this rank's share of them.
 
@@ -96,6 +98,7 @@ def predict_images(
         images: files by the path of their outputs.
         dataset: the section of the configuration: normalisation, classes, workers.
         ids: numbers to write for the classes, in grey without a palette (``Catalog.test_ids``).
+        min_confidence: pixels below it get the number 255 instead, and no colour.
 
     Returns:
         A sentence for each image without a prediction, of all ranks.
@@ -105,9 +108,10 @@ def predict_images(
     loader = DataLoader([path for _, path in mine], None, collate_fn=_read, num_workers=dataset.workers)
 
     def write(name: Path, image: Tensor, label: Tensor, confidence: Tensor) -> str | None:
-        index = Image.fromarray(label.numpy() if ids is None else torch.tensor(ids)[label.int()].byte().numpy())
-        if ids is None:
-            index.putpalette(list(itertools.chain(*palette)))
+        unsure = confidence < min_confidence
+        numbers = (label if ids is None else torch.tensor(ids)[label.int()].byte()).masked_fill(unsure, 255).numpy()
+        index = index_picture(numbers, palette) if ids is None else Image.fromarray(numbers)
+        label = label.masked_fill(unsure, 255)
         overlay = Image.blend(TF.to_pil_image(image), coloured(label, palette), 0.5)
         pictures = (index, overlay, Image.fromarray(confidence.mul(255).round().byte().numpy()))
         for picture, (kind, suffix) in zip(pictures, _KINDS.items()):

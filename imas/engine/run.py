@@ -162,4 +162,5 @@ def to_device(batch: dict[str, Any], normalise: Normalise, device: torch.device)
     (weak,), real = images([second["weak"]]), tensor(second["real"])
     rows, columns = (torch.arange(side, device=device) for side in weak.shape[-2:])
     valid = (rows < real[:, :1]).unsqueeze(2) & (columns < real[:, 1:]).unsqueeze(1)
-    return labeled, Unlabeled(weak, images(second["strong"]), valid, tensor(second["index"]))
+    label = tensor(second["label"]).long() if "label" in second else None
+    return labeled, Unlabeled(weak, images(second["strong"]), valid, tensor(second["index"]), label)

@@ -71,6 +71,7 @@ class Method(nn.Module):
     """
 
     Options: ClassVar[type]  # a frozen dataclass: the keys of the section
+    trains_embedding: ClassVar[bool] = False  # whether it needs ``net.embedding``
 
     def __init__(self, options: Any, new_network: NewNetwork, supervised: Supervised) -> None:
         super().__init__()
@@ -115,6 +116,10 @@ class Method(nn.Module):
     def scored(self) -> dict[str, nn.Module]:
         """The networks to evaluate. The first selects the best checkpoint."""
         return self.networks()
+
+    def extra_bytes(self) -> int:
+        """How large ``get_extra_state`` may become."""
+        return 0
 
     def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
         """What a step makes of a batch, as titled columns of pictures: (B, 3, H, W) float, normalised images;

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops.resize import resize
 from .resnet import ResNet
 
-PARTS = ("encode", "fuse", "classify", "auxiliary")  # the functions that ``DeepLabV3Plus.coarse`` is made of
+PARTS = ("encode", "fuse", "classify", "represent", "auxiliary")  # the functions that training passes are made of
 
 
 def _conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1, bias: bool = False) -> list[nn.Module]:
@@ -49,7 +49,9 @@ class ASPP(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The layers on x1 and x4: a thin projection, ASPP and its head, and the classifier at 1/4 of the image."""
+    """The layers on x1 and x4: a thin projection, ASPP and its head, and the classifier at 1/4 of the image. With
+    ``embedding``, a representation of each pixel beside the classifier.
+    """
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Decoder(nn.Module):
         inner_planes: int = 256,
         low_conv_planes: int = 48,
         dilations: Sequence[int] = (6, 12, 18),
+        embedding: int | None = None,
     ) -> None:
         super().__init__()
         self.low_conv = nn.Sequential(*_conv_bn_relu(low_channels, low_conv_planes, 1, bias=True))
@@ -69,6 +72,15 @@ class Decoder(nn.Module):
             *_conv_bn_relu(inner_planes, inner_planes, 3),
             nn.Conv2d(inner_planes, num_classes, 1),
         )
+        self.representation = None
+        if embedding is not None:  # idle layers where U2PL's release has dropout: the others keep their names
+            self.representation = nn.Sequential(
+                *_conv_bn_relu(low_conv_planes + inner_planes, embedding, 3, bias=True),
+                nn.Identity(),
+                *_conv_bn_relu(embedding, embedding, 3, bias=True),
+                nn.Identity(),
+                nn.Conv2d(embedding, embedding, 1),
+            )
 
 
 class AuxiliaryHead(nn.Module):
@@ -87,6 +99,7 @@ class DeepLabV3Plus(nn.Module):
         num_classes: C.
         inner_planes, low_conv_planes, dilations: channels of the ASPP, of the low-level skip; ASPP dilations.
         aux: whether there is an auxiliary head (``auxor``).
+        embedding: D, the width of a pixel's representation; None for a network without.
     """
 
     def __init__(
@@ -97,12 +110,13 @@ class DeepLabV3Plus(nn.Module):
         low_conv_planes: int = 48,
         dilations: Sequence[int] = (6, 12, 18),
         aux: bool = False,
+        embedding: int | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.encoder = encoder
         low, _, middle, high = encoder.channels
-        self.decoder = Decoder(low, high, num_classes, inner_planes, low_conv_planes, dilations)
+        self.decoder = Decoder(low, high, num_classes, inner_planes, low_conv_planes, dilations, embedding)
         self.auxor = AuxiliaryHead(middle, num_classes) if aux else None
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,6 +135,13 @@ class DeepLabV3Plus(nn.Module):
     def classify(self, fused: Tensor) -> Tensor:
         """The result of ``fuse`` → logits before the last resize, (B, C, H/4, W/4) float32."""
         return _logits(self.decoder.classifier, fused)
+
+    def represent(self, fused: Tensor) -> Tensor:
+        """The result of ``fuse`` → a representation of each pixel, (B, D, H/4, W/4) float32, not normalised.
+
+        Of a network with ``embedding`` alone; ``coarse`` and ``forward`` do without.
+        """
+        return _logits(self.decoder.representation, fused)
 
     def auxiliary(self, x3: Tensor) -> Tensor | None:
         """Logits of the auxiliary head before the last resize, (B, C, h, w) float32; None for a network without one."""

@@ -15,14 +15,15 @@ def make_teacher(student: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, buffers: bool = True) -> None:
     """θ_t ← decay·θ_t + (1 − decay)·θ_s for parameters and floating-point buffers; integer buffers are copied.
 
     Args:
         decay: in [0, 1]; 0 makes the teacher equal to the student.
+        buffers: False leaves the teacher its own (U2PL).
     """
     averaged: tuple[list, list] = ([], [])
-    for ours, theirs in zip(_state(teacher), _state(student), strict=True):
+    for ours, theirs in zip(_state(teacher, buffers), _state(student, buffers), strict=True):
         if ours.is_floating_point():
             averaged[0].append(ours)
             averaged[1].append(theirs)
@@ -31,8 +32,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None
     torch._foreach_lerp_(*averaged, weight=1 - decay)
 
 
-def _state(module: nn.Module) -> list[torch.Tensor]:
-    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
+def _state(module: nn.Module, buffers: bool) -> list[torch.Tensor]:
+    return [tensor.detach() for tensor in (*module.parameters(), *(module.buffers() if buffers else ()))]
 
 
 def teacher_decay(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -76,9 +77,10 @@ def _truncated_normal(low: float, high: float, mean: float, uniform: float) -> f
     return min(max(drawn, low), high)
 
 
-def beta_side(generator: torch.Generator, concentration: float = 4.0) -> float:
-    """√(1 − λ) with λ ~ Beta(4, 4): the box side of the classic CutMix (spec, ``use_cutmix_beta``)."""
-    gammas = torch._standard_gamma(torch.full((2,), concentration, dtype=torch.float64), generator=generator)
+def beta_side(generator: torch.Generator, alpha: float = 4.0, beta: float = 4.0) -> float:
+    """√(1 − λ) with λ ~ Beta(α, β): the box side of the classic CutMix (spec, ``use_cutmix_beta``) and of AugSeg."""
+    concentrations = torch.tensor([alpha, beta], dtype=torch.float64)
+    gammas = torch._standard_gamma(concentrations, generator=generator)
     return math.sqrt(1 - (gammas[0] / gammas.sum()).item())
 
 
@@ -90,9 +92,15 @@ def cutmix_mask(
     A box is int(H·side) × int(W·side) around a centre that is uniform in [H//border, H) × [W//border, W),
     clipped to the image.
     """
+    rows = torch.randint(height // border, height, (batch,), generator=generator)
+    columns = torch.randint(width // border, width, (batch,), generator=generator)
+    return centred_boxes(height, width, side, rows, columns)
+
+
+def centred_boxes(height: int, width: int, side: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """The boxes of ``cutmix_mask`` around given centres, each (B,) int64; an odd side loses a pixel."""
     half_h, half_w = int(height * side) // 2, int(width * side) // 2
-    rows = torch.randint(height // border, height, (batch, 1, 1), generator=generator)
-    columns = torch.randint(width // border, width, (batch, 1, 1), generator=generator)
+    rows, columns = rows.view(-1, 1, 1), columns.view(-1, 1, 1)
     y = torch.arange(height).view(1, -1, 1)
     x = torch.arange(width).view(1, 1, -1)
     return (y >= rows - half_h) & (y < rows + half_h) & (x >= columns - half_w) & (x < columns + half_w)
@@ -128,6 +136,69 @@ def area_mask(batch: int, height: int, width: int, generator: torch.Generator, p
             top, left, box_height, box_width = area_box(height, width, draw)
             image[top : top + box_height, left : left + box_width] = True
     return mask
+
+
+def share_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> Tensor:
+    """Boxes of a share of the image's area, in any shape and place (CPS, PS-MT on Cityscapes).
+
+    With a share q and an exponent e a box is √(1/3)·q^e of the image high and √(1/3)·q^(1 − e) wide, rounded to whole
+    pixels. It always lies in the image.
+
+    Args:
+        share: (B, K) float64 of K boxes in each image, in (0, 1].
+        exponent: (B, K) float64 in [0, 1].
+        position: (B, K, 2) float64 in [0, 1]: of the box's top among all that are possible, and of its left side.
+
+    Returns:
+        (B, K, H, W) bool, True inside.
+    """
+    high = share**exponent
+    size = share.new_tensor([height, width])
+    sides = (torch.stack([high, share / high], dim=-1) * math.sqrt(1 / 3) * size).round()
+    first = ((size - sides) * position).round()
+    last = first + sides
+    rows, columns = (
+        (torch.arange(side) >= first[..., i, None]) & (torch.arange(side) < last[..., i, None])
+        for i, side in enumerate((height, width))
+    )  # (B, K, H) and (B, K, W)
+    return rows.unsqueeze(3) & columns.unsqueeze(2)
+
+
+def toggled_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> Tensor:
+    """The ``share_boxes``, each of which toggles what it covers: an overlap of two is outside again (CPS; spec, The
+    mask). (B, H, W) bool.
+    """
+    return reduce(torch.logical_xor, share_boxes(height, width, share, exponent, position).unbind(1))
+
+
+def toggled_mask(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Three ``toggled_boxes`` in each image, every share uniform in [0.25, 0.5]: (B, H, W) bool on the CPU."""
+    draws = torch.rand(batch, 3, 4, generator=generator, dtype=torch.float64)
+    return toggled_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:])
+
+
+def half_boxes(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """A box of half of the image's area in each image (U2PL).
+
+    Returns:
+        (B, 4) int64 on the CPU: top, left, and behind the last row and column.
+    """
+    boxes = []
+    for _ in range(batch):
+        box_width = int(torch.randint(int(width / 2 + 1), width, (), generator=generator))
+        box_height = round(height * width / 2 / box_width)
+        top = int(torch.randint(height - box_height + 1, (), generator=generator))
+        left = int(torch.randint(width - box_width + 1, (), generator=generator))
+        boxes.append([top, left, top + box_height, left + box_width])
+    return torch.tensor(boxes)
+
+
+def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """``half_boxes`` → (B, H, W) bool, True inside, on the device of the boxes."""
+    top, left, bottom, right = boxes.view(-1, 4, 1, 1).unbind(1)
+    y = torch.arange(height, device=boxes.device).view(1, -1, 1)
+    x = torch.arange(width, device=boxes.device).view(1, 1, -1)
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
 
 def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
     python -m imas.report exps/shapes_imas                          # rebuilds exps/shapes_imas/log/report.html
     python -m imas.report exps/shapes_sup exps/shapes_imas          # side by side, into report.html here
-    python -m imas.report A/log B/log --out comparison.html
 
 RUN is a folder with log/ in it (that of a trained YAML, or of train_semi.py --out), or the log folder itself.
 """
@@ -18,9 +17,7 @@ from . import write
 
 def main() -> None:
     """Write the page that the command line asks for, and print where."""
-    parser = argparse.ArgumentParser(
-        prog="python -m imas.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("imas.report", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its log folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: log/report.html; of several, report.html")
     options = parser.parse_args()

@@ -25,12 +25,6 @@ class Curve(NamedTuple):
     epochs: list[int]
     values: list[float]
 
-    @property
-    def best(self) -> tuple[float, int]:
-        """The highest value, and the first epoch with it."""
-        i = self.values.index(max(self.values))
-        return self.values[i], self.epochs[i]
-
 
 @dataclass(frozen=True)
 class Record:
@@ -39,7 +33,7 @@ class Record:
     folder: Path  # the log folder
     name: str  # short, and different for all runs on one page
     colour: str  # its class in the style sheet
-    alone: bool  # the only run on the page
+    label: str  # the name, or nothing if this is the only run on the page
     epochs: int  # epochs done
     curves: dict[str, Curve]  # by column of metrics.csv and training.csv; columns without a value are left out
     scores: dict[str, Curve]  # by image
@@ -49,29 +43,16 @@ class Record:
     starts: list[dict]  # run.yaml
     stages: list[Record]  # log/<stage>/, in the order in which they were trained
 
-    @property
-    def miou(self) -> dict[str, Curve]:
-        """mIoU in percent by network; the first is the network that selects the best checkpoint."""
-        curves = {column[5:]: curve for column, curve in self.curves.items() if column.startswith("miou_")}
-        highest = {name: max(curve.values) for name, curve in curves.items()}
-        best = self.curves["best"].values[-1] if "best" in self.curves else max(highest.values(), default=0.0)
-        order = sorted(curves, key=lambda name: abs(highest[name] - best))
-        return {NETWORK_NAMES.get(name, name): curves[name] for name in order}
-
 
 def read_records(runs: Sequence[Path]) -> list[Record]:
-    """Read the runs in folders that contain ``log/``, or in log folders.
-
-    Raises:
-        UserError: a folder without a run, a run that is given twice, or a file of another format.
-    """
+    """Read the runs in folders that contain ``log/``, or in log folders."""
     logs = [_log_folder(run) for run in runs]
     if twice := [log for log in logs if logs.count(log) > 1]:
         raise UserError(f"{twice[0]}: this run is named twice")
     folders = [log.parent if log.name == "log" else log for log in logs]
     common = os.path.commonpath(folders if len(runs) > 1 else [folders[0].parent])
     names = [folder.relative_to(common).as_posix() for folder in folders]
-    return [_read(log, name, f"c{i % 6}", len(runs) == 1) for i, (log, name) in enumerate(zip(logs, names))]
+    return [_read(log, name, f"c{i % 6}", name * (len(runs) > 1)) for i, (log, name) in enumerate(zip(logs, names))]
 
 
 def _log_folder(run: Path) -> Path:
@@ -81,26 +62,20 @@ def _log_folder(run: Path) -> Path:
     raise UserError(f"{run}: no log/metrics.csv there, so no run; expected the folder of a run, or its log folder")
 
 
-def _read(log: Path, name: str, colour: str, alone: bool) -> Record:
-    metrics, training = _columns(log / "metrics.csv"), _columns(log / "training.csv")
-    epochs = max(metrics.pop("epoch", Curve([-1], [])).epochs) + 1
-    training.pop("epoch", None)
-    scores = _rows(log / "scores.csv", "epoch", "image", "score")
+def _read(log: Path, name: str, colour: str = "c0", label: str = "") -> Record:
+    curves: dict[str, Curve] = {}
+    for path in (log / "metrics.csv", log / "training.csv"):
+        cells = ((column, row["epoch"], cell) for row in _rows(path, "epoch") for column, cell in row.items())
+        curves |= _curves(path, cells)
+    epochs = curves.pop("epoch", Curve([-1], [])).epochs[-1] + 1
+    path, columns = log / "scores.csv", ("image", "epoch", "score")
+    scores = _curves(path, (tuple(map(row.get, columns)) for row in _rows(path, *columns)))
+    warnings = [(row["epoch"], row["warning"]) for row in _rows(log / "warnings.csv", "epoch", "warning")]
+    kinds = {"evaluation.json": dict, "config.yaml": dict, "run.yaml": list}
+    contents = [_load(log / file, kind) for file, kind in kinds.items()]
     stages = sorted(log.glob("*/metrics.csv"), key=lambda path: (path.stat().st_mtime, path))
-    return Record(
-        folder=log,
-        name=name,
-        colour=colour,
-        alone=alone,
-        epochs=epochs,
-        curves=metrics | training,
-        scores=_curves(log / "scores.csv", ((row["image"], row["epoch"], row["score"]) for row in scores)),
-        warnings=[(row["epoch"], row["warning"]) for row in _rows(log / "warnings.csv", "epoch", "warning")],
-        evaluation=_load(log / "evaluation.json", dict),
-        recipe=_load(log / "config.yaml", dict),
-        starts=_load(log / "run.yaml", list),
-        stages=[_read(path.parent, path.parent.name, "c0", True) for path in stages],
-    )
+    stages = [_read(path.parent, path.parent.name) for path in stages]
+    return Record(log, name, colour, label, epochs, curves, scores, warnings, *contents, stages)
 
 
 def _rows(path: Path, *columns: str) -> Iterator[dict[str, str]]:
@@ -111,10 +86,6 @@ def _rows(path: Path, *columns: str) -> Iterator[dict[str, str]]:
             if missing := set(columns).difference(reader.fieldnames or []):
                 raise UserError(f"{path}: expected a CSV file with the columns {', '.join(columns)}; no {min(missing)}")
             yield from (row for row in reader if None not in row and None not in row.values())
-
-
-def _columns(path: Path) -> dict[str, Curve]:
-    return _curves(path, ((name, row["epoch"], cell) for row in _rows(path, "epoch") for name, cell in row.items()))
 
 
 def _curves(path: Path, cells: Iterable[tuple[str, str, str]]) -> dict[str, Curve]:

@@ -1,0 +1,214 @@
+"""AugSeg: strong views of random strength, and CutMix that carries labeled patches into unsure images (Zhao et al.,
+CVPR 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..models.ema import make_teacher, teacher_decay, update_teacher
+from ..ops import mixing
+from ..ops.losses import consistency_loss
+from ..ops.pseudo import Prediction, class_shares, label_shares, predict_scored
+from ..schema import FRACTION, NOT_NEGATIVE, Config, Wants
+from ..strict import option
+from .base import Labeled, Method, NewNetwork, Progress, Step, Supervised, Unlabeled
+
+_IGNORED = 255  # in pseudo labels
+
+
+@dataclass(frozen=True)
+class Options:
+    """Section ``augseg``."""
+
+    threshold: float = option(0.95, check=FRACTION)  # τ
+    loss_weight: float = option(1.0, check=NOT_NEGATIVE)
+    use_cutmix: bool = True  # the mixing needs both, as in the authors' files
+    use_cutmix_adaptive: bool = True
+    use_cutmix_trigger_prob: float = option(1.0, check=FRACTION)
+    extra_weak: bool = False  # the weak views take part in the student's forward, for BatchNorm's statistics
+    sup_only_epoch: int = option(0, check=NOT_NEGATIVE)  # epochs of supervised warm-up
+    ema_decay: float = option(0.999, check=FRACTION)  # upper bound of the teacher's decay
+
+
+class Draws(NamedTuple):
+    """What the mixing of one batch draws, on its device."""
+
+    partner: Tensor  # (B,) int64, a permutation: whose patches, labeled and unlabeled, each image takes
+    labeled_box: Tensor  # (B, H, W) bool
+    unlabeled_box: Tensor  # (B, H, W) bool
+    uniform: Tensor  # (B,) in [0, 1)
+
+
+class Mixed(NamedTuple):
+    """What the student learns from unlabeled images."""
+
+    image: Tensor  # (B, 3, H, W)
+    pseudo: Prediction  # its label may be 255, from labeled patches
+    injected: Tensor  # (B,) bool, whether the image's candidate has a labeled patch
+
+
+class AugSeg(Method):
+    """Student and EMA teacher; the less the teacher is sure of an image, the more often it gets a labeled patch."""
+
+    Options = Options
+
+    def __init__(self, options: Options, new_network: NewNetwork, supervised: Supervised) -> None:
+        super().__init__(options, new_network, supervised)
+        self.student = new_network()
+        self.teacher = make_teacher(self.student)
+
+    @classmethod
+    def wants(cls, options: Options) -> Wants:
+        return Wants(unlabeled=True, strong=1)
+
+    @classmethod
+    def check(cls, config: Config) -> dict[str, str]:
+        warm_up, epochs, problems = config.options.sup_only_epoch, config.trainer.epochs, {}
+        if config.dataset.train.strong_aug is None:
+            problems["dataset.train.strong_aug"] = (
+                "missing; augseg trains on strong views: {type: narrow_pool, num_augs: 3, random_number: true}"
+            )
+        if warm_up >= epochs:
+            problems["augseg.sup_only_epoch"] = (
+                f"expected fewer than the {epochs} epochs, got {warm_up}: no epoch would use unlabeled images"
+            )
+        return problems
+
+    def forward(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> Step:
+        if unlabeled is None:  # step 3, warm-up
+            loss = self.supervised(*self.student.coarse(labeled.image), labeled.label)
+            return Step(loss, {"loss_lb": loss.detach()})
+
+        # Steps 4 and 5: the teacher's pseudo label, and how sure it is of each image.
+        pseudo, score = self.predict_weak(unlabeled.weak)
+
+        # Step 6: the strong views with patches of labeled and of unlabeled images.
+        mixed = self.mix(labeled, unlabeled.strong[0], pseudo, score, progress.generator)
+
+        # Step 7: one pass.
+        views = [unlabeled.weak, mixed.image] if self.options.extra_weak else [mixed.image]
+        coarse, coarse_aux = self.student.coarse(torch.cat([labeled.image, *views]))
+        of_labeled, of_mixed = coarse[: len(labeled.image)], coarse[-len(mixed.image) :]
+
+        # Step 8: the supervised loss.
+        aux_of_labeled = None if coarse_aux is None else coarse_aux[: len(labeled.image)]
+        loss_lb = self.supervised(of_labeled, aux_of_labeled, labeled.label)
+
+        # Step 9: the unsupervised loss, a mean over all pixels, also those that are dropped.
+        label, confidence = mixed.pseudo
+        loss_ub = self.options.loss_weight * consistency_loss(of_mixed, label, confidence, self.options.threshold)
+
+        kept = (confidence >= self.options.threshold) & (label != _IGNORED)
+        confident, predicted = class_shares(pseudo, self.options.threshold, self.student.num_classes)
+        scalars = {
+            "loss_lb": loss_lb.detach(),
+            "loss_ub": loss_ub.detach(),
+            "pseudo": kept.float().mean(),
+            "score": score.mean(),
+            "score_std": score.std(correction=0),
+            "injected": mixed.injected.float().mean(),
+            "confident": confident,
+            "predicted": predicted,
+            "labeled": label_shares(labeled.label, self.student.num_classes),
+        }
+        return Step(loss_lb + loss_ub, scalars, score)  # step 10 is the engine's
+
+    @torch.no_grad()
+    def predict_weak(self, weak: Tensor) -> tuple[Prediction, Tensor]:
+        """The teacher's prediction of the weak views, in eval mode, and the score of each image (steps 4 and 5)."""
+        return predict_scored(self.teacher.coarse(weak, aux=False)[0], weak.shape[-2:])
+
+    def mix(
+        self,
+        labeled: Labeled,
+        strong: Tensor,
+        pseudo: Prediction,
+        score: Tensor,
+        generator: torch.Generator,
+        *,
+        always: bool = False,
+    ) -> Mixed:
+        """The adaptive label-injecting CutMix; the strong views as they are where it does not fire (step 6).
+
+        Args:
+            strong: (B, 3, H, W); ``labeled`` has as many images of this size.
+            score: (B,) in [0, 1].
+            always: mix also where chance would not.
+        """
+        options = self.options
+        fires = torch.rand((), generator=generator).item() < options.use_cutmix_trigger_prob or always
+        if not (fires and options.use_cutmix and options.use_cutmix_adaptive):
+            return Mixed(strong, pseudo, torch.zeros_like(score, dtype=torch.bool))
+        partner, labeled_box, unlabeled_box, uniform = self.draw(strong, generator)
+
+        # 6c: candidates, in which an image may have a patch of its partner's labeled image.
+        injected = uniform > score
+        box = labeled_box & injected.view(-1, 1, 1)
+        label = labeled.label.masked_fill(labeled.label >= self.student.num_classes, _IGNORED)
+        candidate = [
+            mixing.put(strong, labeled.image[partner], box),
+            mixing.put(pseudo.label, label[partner], box),
+            pseudo.confidence.masked_fill(box, 1.0),
+        ]
+        # 6d: the images themselves, in which a patch is of the partner's candidate.
+        image, label, confidence = (
+            mixing.put(base, source[partner], unlabeled_box)
+            for base, source in zip((strong, *pseudo), candidate, strict=True)
+        )
+        return Mixed(image, Prediction(label, confidence), injected)
+
+    def draw(self, strong: Tensor, generator: torch.Generator) -> Draws:
+        """What the mixing draws (steps 6a and 6b): labeled patches are small, unlabeled ones large."""
+        batch, _, height, width = strong.shape
+        partner = torch.randperm(batch, generator=generator)
+        boxes = [
+            mixing.cutmix_mask(batch, height, width, mixing.beta_side(generator, *of), generator, border=8)
+            for of in ((8.0, 2.0), (4.0, 4.0))
+        ]
+        uniform = torch.rand(batch, generator=generator)
+        return Draws(*(drawn.to(strong.device, non_blocking=True) for drawn in (partner, *boxes, uniform)))
+
+    def needs_unlabeled(self, epoch: int) -> bool:
+        return epoch >= self.options.sup_only_epoch
+
+    def after_step(self, progress: Progress) -> dict[str, float]:
+        """Step 11: the teacher's update."""
+        decay = teacher_decay(
+            progress.epoch,
+            progress.iteration,
+            progress.iterations_per_epoch,
+            self.options.sup_only_epoch,
+            self.options.ema_decay,
+        )
+        update_teacher(self.teacher, self.student, decay)
+        return {"decay": decay}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher, "student": self.student}
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"student": self.student}
+
+    def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
+        if unlabeled is None:
+            return {}
+        pseudo, score = self.predict_weak(unlabeled.weak)
+        mixed = self.mix(labeled, unlabeled.strong[0], pseudo, score, progress.generator, always=True)
+        label, confidence = mixed.pseudo
+        return {
+            "weak view": unlabeled.weak,
+            "strong view": unlabeled.strong[0],
+            "mixed view": mixed.image,
+            "pseudo label (grey: unsure)": label.masked_fill(confidence < self.options.threshold, _IGNORED),
+            "score": score,
+        }
+
+    def train(self, mode: bool = True) -> AugSeg:
+        super().train(mode)
+        self.teacher.eval()
+        return self
