@@ -177,7 +177,10 @@ def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -
 def whole_images(config: Config, names: Sequence[str]) -> Iterator[Tensor]:
     """Training images as they are, without their masks: (3, H, W) uint8 each."""
     read = partial(_pixels, open_source(config.dataset, config.dataset.train.data_root))
-    yield from _clear_errors(DataLoader(names, None, collate_fn=read, num_workers=config.dataset.workers))
+    workers = config.dataset.workers
+    context = "fork" if workers else None
+    loader = DataLoader(names, None, collate_fn=read, num_workers=workers, multiprocessing_context=context)
+    yield from _clear_errors(loader)
 
 
 def _pixels(source: Source, name: str) -> Tensor:
