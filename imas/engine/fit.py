@@ -116,9 +116,9 @@ def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: 
             if world == 1:  # elsewhere the other ranks wait in the middle of an update
                 save(run, False)
             raise
-        except Interrupted:
+        except Interrupted as stop:
             save(run, False)
-            raise
+            raise stop.with_traceback(None) from None  # which lets go of the loader, and its workers end
         run.begin_epoch(epoch + 1)
         if evaluates:
             results, improved = _note_results(run, matrices, epoch)
