@@ -323,7 +323,14 @@ def test_two_ranks_write_each_label_once(recipe: Experiment, tmp_path: Path, mon
 
     config, written = load_config(path), []
     each = Session(
-        config, Lists([], NAMES, []), seed=0, device=torch.device("cpu"), build=None, finish=None, resume="auto"
+        config,
+        Lists([], NAMES, []),
+        seed=0,
+        device=torch.device("cpu"),
+        build=None,
+        finish=None,
+        resume="auto",
+        interruption=Interruption(),
     )
     monkeypatch.setattr(each, "config", SimpleNamespace(**vars(config), snapshot_dir=tmp_path, log_dir=tmp_path))
     monkeypatch.setattr(session, "write_labels", lambda path, labels, palette: written.append(path))

@@ -7,8 +7,9 @@ draw the same, any number of workers draws alike, and a resumed run continues as
 from __future__ import annotations
 
 import itertools
-import multiprocessing.util
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -169,7 +170,7 @@ def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -
     dataset = EvaluationSet(open_source(config.dataset, val_root(config)), names[rank::world])
     workers = config.dataset.workers
     return DataLoader(
-        dataset, config.dataset.val.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_single_thread,
+        dataset, config.dataset.val.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_prepare_worker,
         pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
 
@@ -179,7 +180,14 @@ def whole_images(config: Config, names: Sequence[str]) -> Iterator[Tensor]:
     read = partial(_pixels, open_source(config.dataset, config.dataset.train.data_root))
     workers = config.dataset.workers
     context = "fork" if workers else None
-    loader = DataLoader(names, None, collate_fn=read, num_workers=workers, multiprocessing_context=context)
+    loader = DataLoader(
+        names,
+        None,
+        collate_fn=read,
+        num_workers=workers,
+        worker_init_fn=_prepare_worker,
+        multiprocessing_context=context,
+    )
     yield from _clear_errors(loader)
 
 
@@ -205,30 +213,29 @@ def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: 
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
-        worker_init_fn=_single_thread,
+        worker_init_fn=_prepare_worker,
         multiprocessing_context="fork" if workers else None,
     )
 
 
-def _kill_workers() -> None:
-    """At the end of the process, which would send them SIGTERM, in vain, and wait for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def _single_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker by the SIGTERM of the process that has started it; others are for that one to act on."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _clear_errors(loader: DataLoader) -> Iterator:
     """The loader's batches; a mistake in the data leaves a worker without the worker's traceback.
 
-    Workers are forked with signals blocked: a signal to the whole process group is the main process's to act on. They
-    end when it does. Blocking them in the worker would be too late, since torch installs a handler that ends it first.
+    Workers are forked with signals blocked: a signal to the whole process group is the main process's to act on.
+    Blocking them in the worker would be too late, since torch installs a handler that ends it first.
     """
-    multiprocessing.util.Finalize(None, _kill_workers, exitpriority=100)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_MAIN_PROCESS)
     try:
         batches = iter(loader)
