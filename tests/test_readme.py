@@ -36,7 +36,7 @@ ELSEWHERE = {
     "python -m benchmarks.step --recipe tiny": "test_precision.py::test_our_step_is_the_plain_twins",
     "mkdir -p data/splits/pets": "test_add_a_dataset.py::test_the_data_set_of_the_page_is_split_checked_and_trained",
     "python -m pytest tests/test_methods.py tests/test_structure.py": "test_add_a_method.py::test_the_worked_example",
-    "python train_semi.py --config exps/shapes_mean_teacher/config.yaml": "test_add_a_method.py::test_the_worked_example",
+    "python train_semi.py --config exps/shapes_mean_teacher/config.yaml": "test_add_a_method.py::test_the_worked_example",  # noqa: E501
 }
 
 
