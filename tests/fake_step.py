@@ -37,6 +37,7 @@ GPU, SIDE = torch.device("gpu", 0), 65
 # Two processes, as far as SyncBatchNorm sees.
 distributed.world_size = lambda: 2
 distributed.gather_rows = lambda row: torch.stack([row, row])
+distributed.concat = lambda tensor, lengths: torch.cat([tensor] * len(lengths))
 distributed.sum_over_ranks = lambda tensor: tensor
 
 

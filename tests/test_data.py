@@ -152,7 +152,7 @@ def test_pascal_labels_are_palette_indices_not_colours(tmp_path: Path) -> None:
     _save(tmp_path / "SegmentationClassAug" / "a.png", labels, palette=True)
     image, label = EvaluationSet(_pascal(tmp_path), ["a"])[0]
     assert label.tolist() == labels.tolist()
-    assert label.dtype == torch.int64
+    assert label.dtype == torch.uint8
     assert image.shape == (3, 2, 3)
     assert image.dtype == torch.uint8
 

@@ -31,6 +31,8 @@ STEPS = {
     f"cityscapes_augseg {SMALL}": 0,
     f"pascal_cps {SMALL}": 0,
     f"pascal_psmt {SMALL}": 0,
+    f"pascal_u2pl {SMALL}": 1,
+    f"pascal_stpp {SMALL}": 0,
     "shapes_imas": 0,  # in its warm-up
 }
 

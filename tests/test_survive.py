@@ -255,6 +255,31 @@ def test_ranks_that_resume_from_different_states_do_not_train(experiment: Experi
     assert f"checkpoint: ckpt.pth (rank 0 on {host}) / none (rank 1 on {host})" in ended[0].stderr
 
 
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(experiment: Experiment, tmp_path: Path) -> None:
+    script = tmp_path / "nan.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys; sys.path.insert(0, {str(ROOT)!r})
+        import train_semi
+        from imas.engine import fit
+        from imas.errors import run_script
+        update = fit._update
+        def broken(run, wrapped, normalise, batches, iteration):
+            scalars = update(run, wrapped, normalise, batches, iteration)
+            if os.environ["RANK"] == "1" and iteration == 6:
+                scalars["loss_lb"] = scalars["loss_lb"] * float("nan")
+            return scalars
+        fit._update = broken
+        run_script(train_semi.main)
+        """)
+    )
+    ended = run_ranks(script, "--config", experiment(dataset=LONG))
+    assert [each.returncode for each in ended] == [1, 1]
+    for rank, each in enumerate(ended):
+        start = f"error: rank {rank} on {socket.gethostname()}: iteration 6: loss_lb = nan on rank 1 (all: "
+        assert start in each.stderr, each.stderr
+
+
 def test_a_rank_that_comes_twice_is_refused(experiment: Experiment) -> None:
     """Two runs on one address: no rank of one trains with a rank of the other."""
     config, other = experiment(), experiment("other")

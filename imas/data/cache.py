@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
-from .source import DataError, FileSource
+from .source import DataError, FileSource, upright_size
 
 
 class CachedSource:
@@ -62,12 +62,13 @@ class CachedSource:
 
     def _bytes(self, key: tuple[str, str]) -> int:
         """What a decoded file takes, by its header; 0 if that cannot be read."""
-        path, mask_path = self.source.paths(key[1])
+        kind, name = key
         try:
-            with Image.open(path if key[0] == "image" else mask_path) as image:
-                return image.width * image.height * (3 if key[0] == "image" else 1)
-        except Exception:  # a broken file makes Pillow raise almost anything
+            image, mask = self.source.paths(name)
+            width, height = upright_size(image if kind == "image" else mask)
+        except DataError:
             return 0
+        return width * height * (3 if kind == "image" else 1)
 
     def _keep(self, key: tuple[str, str], start: int, end: int) -> None:
         if start == end:

@@ -185,8 +185,6 @@ def _look(source: Source, masks: Source | None, how: str | None, name: str) -> L
         elif how is not None:
             image = source.image(name)
             size = image.size
-        elif how == "size":
-            size = upright_size(source.paths(name)[0])
         if size and mask:
             need_same_size(name, size, mask.size)
     except DataError as error:

@@ -117,14 +117,14 @@ class UnlabeledSet(_AugmentedSet):
 
 
 class EvaluationSet(Dataset):
-    """Whole images as they are: (image (3, H, W) uint8, label (H, W) int64)."""
+    """Whole images as they are: (image (3, H, W) uint8, label (H, W) uint8)."""
 
     def __init__(self, source: Source, names: Sequence[str]) -> None:
         self.source, self.names = source, names
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, mask = read_pair(self.source, self.names[index])
-        return TF.pil_to_tensor(image), torch.from_numpy(np.array(mask, dtype=np.int64))
+        return TF.pil_to_tensor(image), torch.from_numpy(np.array(mask))
 
     def __len__(self) -> int:
         return len(self.names)

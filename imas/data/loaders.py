@@ -170,14 +170,17 @@ def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -
     workers = config.dataset.workers
     return DataLoader(
         dataset, config.dataset.val.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_single_thread,
-        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
 
 
 def whole_images(config: Config, names: Sequence[str]) -> Iterator[Tensor]:
     """Training images as they are, without their masks: (3, H, W) uint8 each."""
     read = partial(_pixels, open_source(config.dataset, config.dataset.train.data_root))
-    yield from _clear_errors(DataLoader(names, None, collate_fn=read, num_workers=config.dataset.workers))
+    workers = config.dataset.workers
+    context = "fork" if workers else None
+    loader = DataLoader(names, None, collate_fn=read, num_workers=workers, multiprocessing_context=context)
+    yield from _clear_errors(loader)
 
 
 def _pixels(source: Source, name: str) -> Tensor:
@@ -185,7 +188,7 @@ def _pixels(source: Source, name: str) -> Tensor:
 
 
 def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, 3, H, W) uint8 and (B, H, W) int64: the loader's lists, stacked where sizes are equal."""
+    """(B, 3, H, W) and (B, H, W), both uint8: the loader's lists, stacked where sizes are equal."""
     for samples in _clear_errors(loader):
         by_size: dict[torch.Size, list] = {}
         for image, label in samples:

@@ -76,10 +76,10 @@ def evaluate(
     matrices = {name: ConfusionMatrix(num_classes, ignore_index, predictor.device) for name in networks}
     with evaluating(networks):
         for images, labels in evaluation_batches(loader):
-            images = normalise(images.to(predictor.device))
+            images = normalise(images.to(predictor.device, non_blocking=True))
             for name, network in networks.items():
                 predicted = predictor(network, images)
-                matrices[name].update(predicted, labels.to(predicted.device))
+                matrices[name].update(predicted, labels.to(predicted.device, non_blocking=True))
             if stop is not None and stop():
                 stopped = True
                 break

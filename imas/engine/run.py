@@ -107,9 +107,10 @@ def save(run: Run, improved: bool) -> None:
         "run": run.description,
         "partial": partial,
     }
-    if improved:  # first: a run that is cut off in between repeats the epoch
-        checkpoint.save(state, run.config.snapshot_dir / checkpoint.BEST)
-    checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST)
+    best = run.config.snapshot_dir / checkpoint.BEST if improved else None
+    if best is not None:  # first: a run that is cut off in between repeats the epoch
+        checkpoint.save(state, best)
+    checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST, twin=best)
     if run.step:
         path = run.config.snapshot_dir / checkpoint.LAST
         log.info("saved after %d updates of epoch %d: %s", run.step, run.epoch, path)

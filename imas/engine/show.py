@@ -119,7 +119,8 @@ def _look(
         for name, indices in shown.items()
     }
     labeled, unlabeled = to_device(batch, evaluation.normalise, run.device)
-    with evaluating({"method": method}):
+    # Not compiled: batches of other sizes would be compiled anew, while the other ranks wait.
+    with evaluating({"method": method}), torch.compiler.set_stance("force_eager"):
         columns = method.look(labeled, unlabeled, progress)
     drawn = captions if unlabeled is None else unlabeled.index.tolist()
     return columns, [captions.get(i, "in the place of a broken image") for i in drawn]

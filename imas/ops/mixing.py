@@ -119,7 +119,7 @@ def centred_boxes(height: int, width: int, side: float, rows: Tensor, columns: T
 
 
 def area_box(height: int, width: int, draw: Callable[[], float]) -> tuple[int, int, int, int]:
-    """A box (top, left, height, width) that lies in the image (FixMatch, UniMatch; spec, CutMix box).
+    """A box (top, left, height, width) that lies in the image (FixMatch, UniMatch).
 
     Its area is uniform in [0.02, 0.4] of the image's. Ratio and place are drawn anew until the box fits, so that none
     is clipped.
@@ -199,8 +199,8 @@ def toggled_boxes(
     position: Tensor,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The ``share_boxes``, each of which toggles what it covers: an overlap of two is outside again (CPS; spec, The
-    mask). (B, H, W) bool.
+    """The ``share_boxes``, each of which toggles what it covers: an overlap of two is outside again (CPS). (B, H, W)
+    bool.
     """
     return reduce(torch.logical_xor, share_boxes(height, width, share, exponent, position, device).unbind(1))
 
