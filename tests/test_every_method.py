@@ -92,3 +92,31 @@ def test_two_ranks_keep_equal_weights(config: Path, tmp_path: Path) -> None:
         one, two = (torch.load(tmp_path / f"{stage}-{rank}", weights_only=True) for rank in (0, 1))
         for network, parameters in one.items():
             assert all(torch.equal(two[network][name], tensor) for name, tensor in parameters.items()), network
+
+
+@pytest.mark.parametrize("config", ["psmt", "u2pl"], indirect=True)
+def test_a_run_on_two_ranks_goes_on_bitwise(config: Path, tmp_path: Path) -> None:
+    """Of the methods with a stage before the main one, and with state beside their networks: both ranks are stopped."""
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        import train_semi
+        from imas.engine.interrupt import Interrupted, Interruption
+        at = int(sys.argv[1])
+        if at:
+            Interruption.stops_before = lambda self, iteration: iteration == at
+        try:
+            train_semi.main(sys.argv[2:])
+        except Interrupted:
+            pass
+        """)
+    )
+    words = ["--config", config, "--set", "saver.use_tb=false", "--resume", "auto"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for at, out in ((0, straight), (3, stopped), (0, stopped)):
+        ended = run_ranks(script, str(at), *words, "--out", out)
+        assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    ours, theirs = _networks(stopped), _networks(straight)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
