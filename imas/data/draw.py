@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from ..errors import UserError
 from ..schema import Folder
@@ -91,7 +92,9 @@ def draw_splits(
     classes = None
     if stratify:
         with ThreadPoolExecutor(8) as pool:
-            classes = dict(zip(usable, pool.map(partial(_classes, masks), usable)))
+            classes = dict(
+                zip(usable, tqdm(pool.map(partial(_classes, masks), usable), "masks", len(usable), disable=None))
+            )
     lists = drawn(usable, count, held_out, seed, classes)
     lists["unlabeled"] = sorted(set(names).difference(*lists.values()))
     with_mask = "" if masks is None else f", {len(usable)} with a mask"

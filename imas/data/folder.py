@@ -161,6 +161,11 @@ def find(options: Folder, root: Path, masked: bool = False) -> tuple[list[str], 
     return [name for name in found if masks[name] is not None], without
 
 
+def images_below(folder: Path) -> list[str]:
+    """The files of ``below`` that are images by their suffix."""
+    return list(filter(is_image, below(folder)))
+
+
 def is_image(name: str) -> bool:
     """Whether a file is an image by its suffix."""
     return name.lower().endswith(IMAGES)
@@ -186,4 +191,4 @@ def below(folder: Path, hidden: list[str] | None = None) -> list[str]:
 def _found(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (looked in {Path.cwd()}); dataset.folder says where the images lie")
-    return list(filter(is_image, below(folder)))
+    return images_below(folder)

@@ -53,11 +53,11 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
 _ASIDE = ("saver.", "dataset.workers", "dataset.cache", "dataset.on_error", "trainer.epochs")
 
 
-def changes(before: dict | None, config: dict, path: str = "") -> list[str]:
+def changes(before: dict, config: dict, path: str = "") -> list[str]:
     """A line for each key of the recipe that has another value than in an earlier one. Keys that only one of them has,
     below a section that both have, are passed over: they came or went with a version of this project.
     """
-    if before is None or before == config:
+    if before == config:
         return []
     if not isinstance(before, dict) or not isinstance(config, dict):
         return [f"{path}: {config!r}, and {before!r} before"]
@@ -80,12 +80,15 @@ def steers(line: str) -> bool:
     return not line.startswith(_ASIDE)
 
 
-def surroundings_changed(before: dict | None, now: dict) -> list[str]:
+def val_list(description: dict | None) -> str | None:
+    """The digest of the val list that a description tells."""
+    return (description or {}).get("lists", {}).get("val", {}).get("sha256")
+
+
+def surroundings_changed(before: dict, now: dict) -> list[str]:
     """A line for each thing beside the recipe that differs between two descriptions: lists, processes, threads,
     versions, commit.
     """
-    if not before:
-        return []
     lines = [
         f"{key}: {now[key]}, and {before[key]} before"
         for key in ("processes", "threads", "python", "cuda", "git")

@@ -126,15 +126,16 @@ def resume(run: Run, path: Path, by_hand: bool = False) -> None:
         UserError: it cannot be used; it is of another recipe, unless by hand.
     """
     found = checkpoint.resume(path, run.method, run.optimizer, run.seed)
-    recipe = provenance.changes(found.config, run.config.to_dict())
+    best, recipe = found.best, []
+    if found.config and "method" not in found.config:  # else of version 0.1, whose keys had other names
+        recipe = provenance.changes(found.config, run.config.to_dict())
     if not by_hand and any(map(provenance.steers, recipe)):
         raise UserError(
             "\n  ".join([f"{path} is of another recipe. To go on with this one nevertheless: --resume {path}", *recipe])
         )
-    if changed := [*recipe, *provenance.surroundings_changed(found.run, run.description)]:
+    if changed := [*recipe, *(provenance.surroundings_changed(found.run, run.description) if found.run else ())]:
         log.warning("%s", "\n  ".join(["changed since the checkpoint:", *changed]))
-    best, lists = found.best, (found.run or {}).get("lists", {})
-    if best and lists.get("val", {}).get("sha256") != run.description["lists"]["val"]["sha256"]:
+    if best and provenance.val_list(found.run) != provenance.val_list(run.description):
         log.warning(
             "the best mIoU until now (%.2f) is of another val list: the best starts anew", next(iter(best.values()))
         )
