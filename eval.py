@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ from imas.data.catalog import catalog_of
 from imas.data.check import check_data
 from imas.data.lists import read_lists
 from imas.engine import checkpoint
-from imas.engine.evaluate import Evaluation, figures, format_table
+from imas.engine.evaluate import Evaluation, figures, format_table, write_csv, write_json
 from imas.engine.log import start_logging
+from imas.engine.pictures import confusion_picture
 from imas.engine.precision import prepare_network
 from imas.engine.predict import Incomplete, find_images, predict_images
-from imas.engine.results import confusion_picture, need_writable, write_csv, write_json
 from imas.engine.sliding import Predictor, Protocol
 from imas.errors import Together, UserError, run_script
 from imas.files import replacing
@@ -101,13 +102,12 @@ def check_options(options: argparse.Namespace) -> None:
         UserError: all of them.
     """
     together, given = Together(), vars(options)
-    names, why = _WITH_TRUTH, "--images has no ground truth"
-    if options.images is None:
-        names, why = _WITHOUT_TRUTH, "only with --images"
+    predicts = options.images is not None
+    names, why = (_WITH_TRUTH, "--images has no ground truth") if predicts else (_WITHOUT_TRUTH, "only with --images")
     flags = [f"--{name.replace('_', '-')}" for name in names if given[name]]
     if flags:
         together.errors.append(f"{', '.join(flags)}: {why}")
-    if options.images is not None and options.save_dir is None:
+    if predicts and options.save_dir is None:
         together.errors.append("--images: needs --save-dir OUT, the folder for the predictions")
     if not all(0 < scale < float("inf") for scale in options.scales):
         together.errors.append(f"--scales {' '.join(map(str, options.scales))}: expected numbers above 0")
@@ -121,6 +121,25 @@ def check_options(options: argparse.Namespace) -> None:
     if options.save_dir is not None:
         together(need_writable, "--save-dir", options.save_dir, True)
     together.finish()
+
+
+def need_writable(flag: str, path: Path, folder: bool = False) -> None:
+    """Check that a file, or a ``folder`` that may not exist yet, can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not folder and path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; expected the name of a file")
+    where = path.absolute() if folder else path.absolute().parent
+    while folder and not where.exists():
+        where = where.parent
+    if not where.exists():
+        raise UserError(f"{flag} {path}: there is no folder {where}")
+    if not where.is_dir():
+        raise UserError(f"{flag} {path}: {where} is a file; expected a folder")
+    if not os.access(where, os.W_OK):
+        raise UserError(f"{flag} {path}: the folder {where} cannot be written to")
 
 
 def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:

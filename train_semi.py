@@ -27,8 +27,9 @@ from imas.data.lists import Lists, read_lists
 from imas.data.loaders import TrainingData
 from imas.engine import checkpoint, lock, provenance
 from imas.engine.interrupt import interruptible
-from imas.engine.log import start_logging
+from imas.engine.log import need_tensorboard, start_logging
 from imas.engine.optim import AVERAGES, explain_batch
+from imas.engine.provenance import in_numbers
 from imas.engine.session import Session
 from imas.errors import Together, UserError, run_script
 from imas.methods import METHODS
@@ -44,23 +45,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="the experiment's YAML")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same run (default 0)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a dotted key, for example trainer.epochs=2",
-    )
+    override = "override a dotted key, for example trainer.epochs=2"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of all outputs (default: that of the YAML)")
-    parser.add_argument(
-        "--resume",
-        metavar="auto|never|FILE",
-        help="go on from the last checkpoint if there is one, never, or from this file (default: saver.auto_resume)",
-    )
+    resume = "go on from the last checkpoint if there is one, never, or from this file (default: saver.auto_resume)"
+    parser.add_argument("--resume", metavar="auto|never|FILE", help=resume)
     parser.add_argument("--check", action="store_true", help="look at everything, print the resolved recipe, and stop")
-    parser.add_argument(
-        "--deterministic", action="store_true", help="CUDA kernels that repeat bitwise where there are such; slower"
-    )
+    bitwise = "CUDA kernels that repeat bitwise where there are such; slower"
+    parser.add_argument("--deterministic", action="store_true", help=bitwise)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)  # old launchers pass these; torchrun knows better
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -77,7 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     distributed.read_launcher()
     start_logging()
     if options.deterministic:
-        repeat_bitwise()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # warns of kernels that have no such variant
+        torch.backends.cudnn.benchmark = False
     resume = options.resume or ("auto" if config.saver.auto_resume else "never")
     lists = prepare(config, resume)
     if options.check:
@@ -106,6 +100,8 @@ def prepare(config: Config, resume: str) -> Lists:
     together(_check_batch, config)
     resumed = together(checkpoint.find_checkpoint, config.snapshot_dir, resume)
     lists = together(check_data if distributed.is_main() else read_lists, config)
+    if config.saver.use_tb and distributed.is_main():
+        together(need_tensorboard)
     start = None if resumed is not None else config.trainer.start_from
     method = together(build_method, config, None, resumed is None and start is None)
     if method is not None and start is not None:
@@ -141,30 +137,19 @@ def report(config: Config, lists: Lists, seed: int) -> None:
         log.warning(line)
     health = examine(config, lists, limit=_QUICK)
     log.info("data, at most %d images of each list:\n%s", _QUICK, "\n".join([health.table, *health.lines()]))
-    log.info(
-        "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations on %d process(es)",
-        len(lists.labeled), len(lists.unlabeled), len(lists.val), config.trainer.epochs, len(data), world,
-    )  # fmt: skip
+    log.info("%s", in_numbers(config, lists, len(data), world))
     if health.wrong:
         raise Unhealthy("something is wrong with the data, see above; python -m imas.data check looks at all of it")
     log.info("checked: nothing is wrong, and nothing was written")
-
-
-def repeat_bitwise() -> None:
-    """Ask PyTorch for kernels that give the same bits every time; it warns of those that it does not have."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
 
 
 def write_report(config: Config) -> None:
     """Write the page of a run or stage. A run that is done and saved does not fail for want of it."""
     try:
         log.info("report:       %s", write_page([config.log_dir], config.log_dir / "report.html"))
-    except (UserError, OSError) as error:
-        log.warning("the page of the run was not written: %s", error)
-    except Exception:
-        log.exception("the page of the run was not written, for a mistake in it; the run itself is whole")
+    except Exception as error:
+        unforeseen = not isinstance(error, (UserError, OSError))
+        log.warning("the page of the run was not written, the run itself is whole: %s", error, exc_info=unforeseen)
 
 
 if __name__ == "__main__":

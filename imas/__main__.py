@@ -25,8 +25,7 @@ COMMANDS = {
 
 def main() -> None:
     """Print it."""
-    commit = git_commit()
-    print(f"iMAS {__version__}{f', commit {commit}' if commit else ''}")
+    print(f"iMAS {__version__}, commit {git_commit() or 'unknown'}")
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     print(f"Python {platform.python_version()}, {cuda}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES))
     print("\n".join(distributed.devices()))

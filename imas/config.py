@@ -207,7 +207,11 @@ def _check_classes(config: Config, reader: Reader) -> None:
     if given != expected:
         reader.error("net.num_classes", f"{dataset.type} has {expected} classes, got {given}")
     if dataset.ignore_label < given:
-        reader.error("dataset.ignore_label", f"{dataset.ignore_label} is one of the {given} classes")
+        reader.error(
+            "dataset.ignore_label",
+            f"{dataset.ignore_label} is one of the {given} classes. Where masks mean 'leave out' by 0 (ADE20K), save "
+            "them less 1, as 8-bit numbers: 0 becomes 255, and the classes begin with 0",
+        )
 
 
 def _check_method(config: Config, reader: Reader) -> None:

@@ -24,6 +24,8 @@ from .errors import UserError
 log = logging.getLogger("imas")
 
 _PATIENCE = timedelta(minutes=10)  # with a rank that does not come, or does not answer
+_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 _CHECKING = timedelta(hours=1)  # the same with rank 0, which looks at all data before it comes
 _AHEAD = {"gloo": 1, "nccl": 2}  # of an iteration that a rank is about to begin, the next that no rank can have begun
 _PAIRS = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")  # in gloo's messages
@@ -40,15 +42,40 @@ def for_summary(main: Callable[[], None]) -> Callable[[], None]:
 def read_launcher() -> None:
     """Take rank, world size and address from SLURM, where ``srun`` and no other launcher has started this process."""
     environment = os.environ
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    if "RANK" in environment or tasks == 1:
+    for name in _LAUNCHER:
+        if not environment.get(name):
+            environment.pop(name, None)
+    tasks = environment.get("SLURM_STEP_NUM_TASKS") or "1"
+    if "RANK" in environment or "WORLD_SIZE" in environment or tasks == "1":
+        _need(_LAUNCHER, "WORLD_SIZE" if "WORLD_SIZE" in environment else "RANK", "a launcher (torchrun, srun)")
         return
+    _need(_SLURM, "SLURM_STEP_NUM_TASKS", "srun")
     environment["RANK"] = environment["SLURM_PROCID"]
-    environment["WORLD_SIZE"] = str(tasks)
+    environment["WORLD_SIZE"] = tasks
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
     number = int(environment["SLURM_JOB_ID"]) + 7919 * int(environment.get("SLURM_STEP_ID", 0))  # of each step its own
     environment.setdefault("MASTER_PORT", str(20_000 + number % 20_000))
+
+
+def _need(names: tuple[str, ...], given: str, launcher: str) -> None:
+    """See that a launcher's variables are all set where ``given`` is, which tells that it has started this process.
+
+    Raises:
+        UserError: one is missing, or is no number.
+    """
+    value = os.environ.get(given)
+    if value is None or (given == "WORLD_SIZE" and value == "1"):
+        return
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"{given} is {value}, but {', '.join(missing)} is not set: {launcher} sets all of them. Start with it, or "
+            f"unset {given} for a run on one process"
+        )
+    for name in (name for name in names if name not in ("MASTER_ADDR", "SLURM_STEP_NODELIST")):
+        if not os.environ[name].isdigit():
+            raise UserError(f"{name} is {os.environ[name]!r}; expected a number, as {launcher} sets it")
 
 
 def _first_host(nodes: str) -> str:
@@ -140,6 +167,10 @@ def _join(device: torch.device) -> None:
     """Meet the other ranks at MASTER_ADDR:MASTER_PORT."""
     global _store
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    number, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    log.info(
+        "rank %s of %s waits for the others at %s, %d minutes at most", number, world, where, _PATIENCE.seconds // 60
+    )
     try:
         patience = _PATIENCE if is_main() else _CHECKING
         store, number, world = next(dist.rendezvous("env://", timeout=patience))
@@ -273,15 +304,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def wrap(module: nn.Module, device: torch.device, sync_bn: bool) -> nn.Module:
     """The module in DistributedDataParallel where there are several processes, else as it is.
 
-    ``sync_bn`` needs several CUDA processes, too; elsewhere BatchNorm stays plain.
+    All ranks begin with the parameters and buffers of rank 0. Its buffers go to all before each forward, too, but not
+    with ``sync_bn``, where all compute the same.
     """
-    if sync_bn and (world_size() == 1 or device.type != "cuda"):
-        log.info("net.sync_bn: plain BatchNorm, since it needs several CUDA processes")
     if world_size() == 1:
         return module
-    if sync_bn and device.type == "cuda":
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return nn.parallel.DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    devices = [device.index] if device.type == "cuda" else None
+    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = not sync_bn  # as an argument it would leave them unequal at the beginning
+    return wrapped
 
 
 def gradients_shared(wrapped: nn.Module, share: bool) -> AbstractContextManager:
@@ -328,6 +359,13 @@ def concat(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def gather_rows(row: Tensor) -> Tensor:
+    """Every rank's (N,) tensor as a row, on every rank: (ranks, N)."""
+    rows = [torch.empty_like(row) for _ in range(world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
 
 
 def gather(value: Any) -> list[Any]:

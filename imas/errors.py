@@ -13,6 +13,11 @@ _NO_MEMORY = (
     "the GPU is out of memory. trainer.amp: bf16, trainer.checkpoint_encoder: true, or a smaller "
     "dataset.train.batch_size with a larger trainer.accumulate need less"
 )
+_WORKERS = (
+    "a worker process that reads images has ended. If it was killed, memory is short: fewer dataset.workers need "
+    "less. At a bus error, or where no space is left, shared memory is short: make /dev/shm larger (of a container: "
+    "--shm-size), or set dataset.workers: 0"
+)
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
@@ -48,9 +53,13 @@ class Together:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call a script's ``main``. A ``UserError``, a full or read-only disk and a GPU out of memory end it with a message
-    on stderr and an exit status instead of a traceback.
+    """Call a script's ``main``. A ``UserError``, a full or read-only disk, a GPU out of memory and a worker process
+    that has died end it with a message on stderr and an exit status instead of a traceback. Signs that a terminal or
+    job log cannot show are replaced.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:
@@ -58,11 +67,17 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        _end(f"{error.filename or 'the output folder'}: cannot be written ({error.strerror})", UserError.status)
+        what = "cannot be read or written" if error.errno == errno.EACCES else "cannot be written"
+        _end(f"{error.filename or 'the output folder'}: {what} ({error.strerror})", UserError.status)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; this file does not import torch
+        reason = str(error).strip().splitlines()[-1:] or [""]
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; this file does not import torch
+            sentence, reason = _NO_MEMORY, str(error).splitlines()
+        elif "DataLoader worker" in str(error) or "shared memory" in str(error) or "torch_shm" in str(error):
+            sentence = _WORKERS
+        else:
             raise
-        _end(f"{_NO_MEMORY} ({str(error).splitlines()[0]})", UserError.status)
+        _end(f"{sentence} ({reason[0]})", UserError.status)
 
 
 def _end(message: str, status: int) -> NoReturn:

@@ -122,7 +122,10 @@ class Reader:
         try:
             value = self._typed(hint, raw, path)
         except TypeError:
-            self.error(path, f"expected {check[1] if check else _words(hint)}, got {show(raw)}")
+            items = raw if isinstance(raw, list) else [raw]
+            quotes = any(isinstance(item, bool | int | float) for item in items) and "a text" in _words(hint)
+            more = "; words such as no, yes and off, and numbers, want quotes to be texts" if quotes else ""
+            self.error(path, f"expected {check[1] if check else _words(hint)}, got {show(raw)}{more}")
             return BAD
         if value is not None and check is not None and not check[0](value):
             self.error(path, f"expected {check[1]}, got {show(raw)}")

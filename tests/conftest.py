@@ -172,12 +172,13 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run_ranks(*words: str | Path, of_rank_1: tuple[str, ...] = ()) -> list[subprocess.CompletedProcess]:
-    """A script on two ranks, without the seconds that torchrun takes; further words for the second."""
+def run_ranks(*words: str | Path, of_rank_1: tuple[str, ...] = (), world: int = 2) -> list[subprocess.CompletedProcess]:
+    """A script on several ranks, without the seconds that torchrun takes; further words for the second."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [start(*words, *(of_rank_1 * rank), RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
+    where = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    more = {1: of_rank_1}
+    ranks = [start(*words, *more.get(rank, ()), RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(world)]
     outputs = [process.communicate(timeout=300) for process in ranks]
     return [subprocess.CompletedProcess(words, each.returncode, *texts) for each, texts in zip(ranks, outputs)]

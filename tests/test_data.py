@@ -152,7 +152,7 @@ def test_pascal_labels_are_palette_indices_not_colours(tmp_path: Path) -> None:
     _save(tmp_path / "SegmentationClassAug" / "a.png", labels, palette=True)
     image, label = EvaluationSet(_pascal(tmp_path), ["a"])[0]
     assert label.tolist() == labels.tolist()
-    assert label.dtype == torch.int64
+    assert label.dtype == torch.uint8
     assert image.shape == (3, 2, 3)
     assert image.dtype == torch.uint8
 
@@ -351,7 +351,7 @@ def test_check_lists_every_missing_file_and_compares_n_sup(tmp_path: Path, caplo
     ]
     for path in gone:
         path.unlink()
-    with pytest.raises(UserError, match="2 files of the labeled images cannot be used") as caught:
+    with pytest.raises(UserError, match="2 of the 2 labeled images cannot be used") as caught:
         check_data(config)
     for path in gone:
         assert str(path) in str(caught.value)
@@ -961,7 +961,7 @@ def test_mistake_in_the_data_leaves_the_loader_as_its_message_alone(tmp_path: Pa
             list(batches)
         message = str(caught.value)
         assert message.startswith(str(tmp_path / "SegmentationClassAug" / "2007_00000"))
-        assert message.endswith("the values 99; expected classes 0..20 or 255 (ignored)")
+        assert "the values 99; expected classes 0..20 or 255 (ignored)" in message
         assert "Traceback" not in message
         assert "\n" not in message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import golden
@@ -143,6 +144,25 @@ def test_checkpoints_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
         checkpoint.save({"model_state": {}, "epoch": 2}, path)
     assert checkpoint.read(path)["epoch"] == 1
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_improved_checkpoint_is_written_once_where_the_file_system_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refused(*paths: Path) -> None:
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    best, last = tmp_path / checkpoint.BEST, tmp_path / checkpoint.LAST
+    for epoch in (1, 2):
+        checkpoint.save({"model_state": {"weight": torch.zeros(1)}, "epoch": epoch}, best)
+        checkpoint.save({"model_state": {"weight": torch.zeros(1)}, "epoch": epoch}, last, twin=best)
+        assert best.samefile(last) == links
+        assert checkpoint.read(best)["epoch"] == checkpoint.read(last)["epoch"] == epoch
+    assert checkpoint.read(tmp_path / checkpoint.PREVIOUS)["epoch"] == 1
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 class _Evil:

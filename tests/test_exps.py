@@ -243,7 +243,9 @@ def test_one_gpu_with_accumulation_has_the_published_updates() -> None:
     assert len(TrainingData(config, _lists(config), seed=0, rank=0, world=1)) == 620
     assert total_batch(config, 1) == 16 and lr_factor(config, 1) == 1
     config = load_config(path, ["trainer.scale_lr=true"])
-    groups = [{"name": name, "params": [torch.zeros(1, requires_grad=True)]} for name in ("encoder", "heads")]
+    groups = [
+        {"name": name, "part": name, "params": [torch.zeros(1, requires_grad=True)]} for name in ("encoder", "heads")
+    ]
     optimizer = build_optimizer(groups, config.trainer.optimizer, lr_factor(config, 2))
     rates = [group["base_lr"] for group in optimizer.param_groups]
     assert math.isclose(rates[0], 0.0005) and math.isclose(rates[1], 0.005)

@@ -41,13 +41,13 @@ def _mask(number: int) -> Image.Image:
 
 def _tree(root: Path, labeled: int = 6, unlabeled: int = 8) -> Path:
     """images/, masks/ and val/ of the same kind; some images in a folder of their own."""
-    for part, count, masks in (("", labeled, True), ("", unlabeled, False), ("val", 4, True)):
+    for first, (part, count, masks) in enumerate((("", labeled, True), ("", unlabeled, False), ("val", 4, True))):
         for number in range(count):
             stem = f"{'sub/' if number % 2 else ''}{'with' if masks else 'without'}{number}"
             for folder, kind, picture in (("images", "jpg", _image), ("masks", "png", _mask))[: 1 + masks]:
                 path = root / part / folder / f"{stem}.{kind}"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                picture(number).save(path)
+                picture(number if folder == "masks" else 100 * first + number).save(path)
     return root
 
 
@@ -186,7 +186,7 @@ def test_binary_and_colour_masks(tmp_path: Path) -> None:
         (Image.fromarray(np.full(SIZE, 0.5, np.float32)), "tif", {}, "class numbers"),
         (Image.fromarray(np.full(SIZE, 3, np.uint8)), "png", {}, r"1440 pixels have the values 3; expected .* 0\.\.2"),
         (Image.fromarray(np.full(SIZE, 7, np.uint8)), "png", {"binary": True, "class_names": list("ab")}, "got 7"),
-        (_image(0), "png", {"palette": [[0, 0, 0]] * 3}, "pixels have colours that dataset.folder.palette lacks"),
+        (_image(0), "png", {"palette": [[0, 0, n] for n in range(3)]}, "colours that dataset.folder.palette lacks"),
     ],
 )  # fmt: skip
 def test_masks_that_cannot_be_used_are_named(
@@ -399,12 +399,14 @@ def test_every_disease_is_found_and_explained(tmp_path: Path, what: str) -> None
     assert hits[0].startswith("WRONG" if wrong else "note ") and health.wrong == wrong
 
 
-def test_a_healthy_tree_has_no_finding_and_a_table(tmp_path: Path) -> None:
+def test_a_healthy_tree_has_a_table_and_one_note(tmp_path: Path) -> None:
     """Also with worker processes; shares by hand: one line of 36 is ignored, classes change every 5 columns."""
     config = _config(_tree(tmp_path))
     for workers in (0, 2):
         health = examine(config, read_lists(config), workers=workers)
-        assert health.findings == [] and not health.wrong
+        (note,) = health.findings
+        assert "on no list: they are unlabeled" in note.text and len(note.files) == 8 and not health.wrong
+        assert health.looked.startswith("looked at 18 images and 10 masks; used: 6 labeled, 8 unlabeled, 4 val; 8 ")
     rows = {line.split()[0]: line.split()[1:] for line in health.table.splitlines() if line}
     assert rows["labeled"] == ["6", "6", "40×36", "40×36"] and rows["unlabeled"][0] == "8"
     assert rows["(ignored)"][:3] == ["2.78", "%", "6"]

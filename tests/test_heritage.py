@@ -338,7 +338,7 @@ def test_check_prints_the_recipe_and_writes_nothing(experiment: Experiment) -> N
     assert list(config.parent.iterdir()) == [config]
     resolved = config.parent / "resolved.yaml"
     text = checked.stdout.split("config.yaml:\n")[1]
-    resolved.write_text(re.split(r"\n\d\d:", text)[0])
+    resolved.write_text(re.split(r"\n\d{4}-", text)[0])
     assert load_config(resolved) == load_config(config, words[1:])
     for expected in ("total batch 4", "4 labeled, 16 unlabeled, 5 validation", "nothing was written"):
         assert expected in checked.stdout, expected

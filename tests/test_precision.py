@@ -129,7 +129,7 @@ def test_options_change_rounding_alone(tiny, word: str, loss: float, gradient: f
 def test_recomputed_blocks_keep_their_inputs_alone(tiny) -> None:
     def activations(*words: str) -> int:
         method, batch = ready(tiny(*words), CPU)
-        return _saved_bytes(lambda: method.student.coarse(batch.images)[0])
+        return _saved_bytes(lambda: method.student.coarse(batch[0].image)[0])
 
     assert activations("trainer.checkpoint_encoder=true") < 0.8 * activations()
 
@@ -184,7 +184,7 @@ def test_momentum_takes_on_the_memory_layout_of_its_weights(tiny, tmp_path: Path
 def test_fused_sgd_is_the_textbooks(tiny) -> None:
     weight = nn.Parameter(golden.randn(1, 5))
     options = tiny("trainer.optimizer.kwargs.weight_decay=0.1").trainer.optimizer
-    groups = [{"name": "encoder", "params": [weight]}]
+    groups = [{"name": "encoder", "part": "encoder", "params": [weight]}]
     optimizer = build_optimizer(groups, options)
     expected, momentum = weight.detach().clone(), torch.zeros(5)
     for seed in range(3):
@@ -198,7 +198,7 @@ def test_fused_sgd_is_the_textbooks(tiny) -> None:
 def test_an_update_that_float16_skips_leaves_no_momentum(tiny: Callable[..., Config]) -> None:
     weight = nn.Parameter(golden.randn(1, 1000))
     before = weight.detach().clone()
-    optimizer = build_optimizer([{"name": "encoder", "params": [weight]}], tiny().trainer.optimizer)
+    optimizer = build_optimizer([{"name": "encoder", "part": "encoder", "params": [weight]}], tiny().trainer.optimizer)
     scaler = torch.amp.GradScaler("cpu")
     for gradient in (math.inf, 0.0):
         scaler.scale(torch.tensor(1.0))

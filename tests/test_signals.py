@@ -150,6 +150,7 @@ def test_it_ends_saved_and_goes_on(
     assert state["epoch"] * 12 + state["step"] >= 3
     capsys.readouterr()
     settings = f"trainer.epochs={state['epoch'] + 1}", "dataset.workers=0"  # on one process, with other workers
-    train_semi.main(["--config", str(config), "--resume", "auto", *(w for each in settings for w in ("--set", each))])
+    last = str(config.parent / "checkpoints" / "ckpt.pth")  # named, since the number of epochs is another one
+    train_semi.main(["--config", str(config), "--resume", last, *(w for each in settings for w in ("--set", each))])
     told = capsys.readouterr().out
     assert f"resumed after epoch {state['epoch'] - 1}" in told and f"epoch {state['epoch']}: teacher" in told

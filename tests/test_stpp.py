@@ -223,7 +223,7 @@ def test_a_person_corrects_labels_between_stages(recipe: Experiment, monkeypatch
     with pytest.raises(UserError) as error:
         train_semi.main(["--config", str(path)])
     for words in (
-        "3 files of the unlabeled images and their labels in",
+        "3 of the 16 unlabeled images and their labels in",
         "32×32 pixels, its mask 32×30",
         "values 9; expected classes 0..3",
         "no such file",

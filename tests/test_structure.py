@@ -27,7 +27,7 @@ ALLOWED = {
     "imas/schema.py": {"strict"},
     "imas/distributed.py": {"errors"},
     "imas/ops": {"ops"},
-    "imas/models": {"models", "ops.resize"},
+    "imas/models": {"models", "ops.resize", "distributed"},
     "imas/methods": {"methods", "ops", "models", "schema", "strict", "distributed", "errors"},
     "imas/data/__main__.py": {"data", "config", "errors"},
     "imas/data": {"data", "schema", "files", "errors"},

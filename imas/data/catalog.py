@@ -19,46 +19,34 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Catalog:
-    """All that is particular to a data set.
+    """All that is particular to a data set."""
 
-    Args:
-        class_names: in the order of their numbers.
-        palette: a colour for each class.
-        files: (root, list line) → the paths of image and mask. None for a set that is drawn, not read.
-        decode: (mask's path, image as stored, ignore index) → (H, W) uint8 labels. None: pixels are class numbers.
-        drawn: where images and masks come from instead of ``files``.
-        side: of all images in pixels, where it is known beforehand.
-        find: (lists that are given, names of those to find) → lists. None: the configuration must name every list.
-        folder_lists: what its folder says about lists: "train" and "val", and "pool", all training images. The
-            value is a list file or a pattern of files. Empty for a set without published lists.
-        head_lr_times: default of ``trainer.optimizer.head_lr_times``.
-        test_ids: the numbers of the classes on the data set's test server, where they differ.
-        problems: dotted key → what is wrong with the section of the data set.
-    """
-
-    class_names: tuple[str, ...]
-    palette: tuple[Colour, ...]
+    class_names: tuple[str, ...]  # in the order of their numbers
+    palette: tuple[Colour, ...]  # a colour for each class
+    # (root, list line) → the paths of image and mask; None for a set that is drawn, not read.
     files: Callable[[Path, str], tuple[Path, Path]] | None = None
+    # (mask's path, image as stored, ignore index) → (H, W) uint8 labels; None: pixels are class numbers.
     decode: Callable[[Path, Image.Image, int], np.ndarray] | None = None
-    drawn: Source | None = None
-    side: int | None = None
-    find: Callable[[Mapping[str, list[str]], list[str]], dict[str, list[str]]] | None = None
+    drawn: Source | None = None  # where images and masks come from instead of ``files``
+    side: int | None = None  # of all images in pixels, where it is known beforehand
+    # (lists that are given, names of those to find) → lists, and what is said of which other files; None: the
+    # configuration must name every list.
+    find: Callable[[Mapping[str, list[str]], list[str]], tuple[dict, dict[str, tuple[str, ...]]]] | None = None
+    # Of a set with published lists, what its folder gives: "train", "val" and "pool", all training images, each as a
+    # list file or a pattern of files.
     folder_lists: Mapping[str, str] = field(default_factory=dict)
-    head_lr_times: float = 1.0
-    test_ids: tuple[int, ...] | None = None
-    problems: Mapping[str, str] = field(default_factory=dict)
+    head_lr_times: float = 1.0  # default of ``trainer.optimizer.head_lr_times``
+    test_ids: tuple[int, ...] | None = None  # numbers of the classes on the data set's test server, if they differ
+    problems: Mapping[str, str] = field(default_factory=dict)  # dotted key → what is wrong with the configuration
 
 
 def voc_palette(count: int) -> tuple[Colour, ...]:
     """The VOC colour map: the bits of a class number, three at a time, become the high bits of red, green, blue."""
-    palette = []
-    for class_id in range(count):
-        colour = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                colour[channel] |= ((class_id >> (3 * bit + channel)) & 1) << (7 - bit)
-        palette.append(tuple(colour))
-    return tuple(palette)
+
+    def channel(class_id: int, offset: int) -> int:
+        return sum((class_id >> (3 * bit + offset) & 1) << (7 - bit) for bit in range(8))
+
+    return tuple((channel(i, 0), channel(i, 1), channel(i, 2)) for i in range(count))
 
 
 def pascal_files(root: Path, name: str) -> tuple[Path, Path]:
@@ -170,7 +158,5 @@ def open_source(dataset: Dataset, root: str | None) -> Source:
     catalog = catalog_of(dataset)
     if catalog.files is None:
         return catalog.drawn
-    decode = index_labels
-    if catalog.decode is not None:
-        decode = partial(catalog.decode, ignore_index=dataset.ignore_label)
+    decode = catalog.decode and partial(catalog.decode, ignore_index=dataset.ignore_label)
     return FileSource(catalog.files, Path(root), len(catalog.class_names), dataset.ignore_label, decode)

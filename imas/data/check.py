@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import logging
+import os
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,13 +19,15 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..schema import Config
 from .catalog import catalog_of, open_source
-from .dataset import read_pair
+from .dataset import need_same_size
+from .folder import IMAGES
 from .labels import label_path, open_labels
 from .lists import Lists, read_lists, val_root
-from .source import DataError, Source
+from .source import DataError, FileSource, Source, upright_size
 
 log = logging.getLogger("imas")
-_SHOWN = 10  # files named in a message
+SHOWN = 10  # files named in a message
+_COMPARED = 4096  # bytes in the middle of a file, before all of them are compared
 _THREADS = 8
 _FAR = 0.1  # a mean or deviation, in units of 0..1, that differs more from the configured one is worth a line
 _EVERY = 4  # pixels between those whose mean and deviation are measured
@@ -42,23 +46,29 @@ class Finding(NamedTuple):
     text: str
     files: tuple[str, ...] = ()
 
+    def words(self, shown: int = SHOWN) -> str:
+        """The sentence, the first of its files, and how many more there are."""
+        more = [f"... and {len(self.files) - shown} more"] if len(self.files) > shown else []
+        return "\n  ".join([self.text, *self.files[:shown], *more])
+
 
 @dataclass
 class Health:
-    """The findings of ``examine``, and its table of lists and classes."""
+    """What ``examine`` found: findings, the table of lists and classes, and how many files were looked at."""
 
     findings: list[Finding] = field(default_factory=list)
     table: str = ""
+    looked: str = ""
 
     @property
     def wrong(self) -> bool:
         return any(finding.wrong for finding in self.findings)
 
-    def lines(self) -> list[str]:
-        """The findings in words, what is wrong first."""
+    def lines(self, shown: int = SHOWN) -> list[str]:
+        """The findings in words, what is wrong first, each with the first of its files; then what was looked at."""
         ordered = sorted(self.findings, key=lambda finding: not finding.wrong)
-        heads = (f"{'WRONG' if finding.wrong else 'note '}  {finding.text}" for finding in ordered)
-        return ["\n".join([head, *_some(finding.files)]) for head, finding in zip(heads, ordered)]
+        lines = (f"{'WRONG' if finding.wrong else 'note '}  {finding.words(shown)}" for finding in ordered)
+        return [*lines, self.looked]
 
 
 class Look(NamedTuple):
@@ -72,21 +82,23 @@ class Look(NamedTuple):
 
 
 def check_data(config: Config, training: bool = True) -> Lists:
-    """Before every run: read the lists, find every file, and read every mask once, those of pseudo labels with their
-    images. Unlabeled images need no mask.
+    """Before every run: read the lists, find every file, read every mask once, and the validation images. Of an image
+    that has a label or pseudo label the size is read; another one has to be there.
 
     Args:
         training: False looks at the validation images alone.
 
     Raises:
-        UserError: lists or files that are missing, masks with values that are no class. With ``dataset.on_error: skip``
-            files of training images are warned of instead.
+        UserError: lists or files that are missing, files that cannot be used. With ``dataset.on_error: skip`` files of
+            training images are warned of instead.
     """
     lists = read_lists(config, training)
-    if training and (text := _other_count(config, lists)):
-        log.warning("%s; the list counts", text)
+    looks = _looks(config, lists, quick=True)
     wrong = _shared(config, lists) if training and config.wants.pseudo_label else []
-    if wrong := wrong + unusable(config, lists):
+    wrong += _refused(config, looks)
+    for finding in (*_of_lists(config, lists), *_of_classes(config, looks)) if training else ():
+        log.warning("%s", finding.words())
+    if wrong:
         raise UserError("\n".join(wrong))
     return lists
 
@@ -95,18 +107,16 @@ def unusable(config: Config, lists: Lists) -> list[str]:
     """A sentence for each list with files that cannot be used; with ``dataset.on_error: skip`` a warning instead, but
     for validation images.
     """
+    return _refused(config, _looks(config, lists, quick=True))
+
+
+def _refused(config: Config, looks: dict[str, list[Look]]) -> list[str]:
     wrong = []
-    for list_name, looks in _looks(config, lists, with_images=False).items():
-        problems = [problem for look in looks for problem in look.problems]
-        if not problems:
-            continue
-        folder = config.dataset.train.pseudo_labels if list_name == "unlabeled" else None
-        head = f"{len(problems)} files of the {list_name} images{folder and f' and their labels in {folder}' or ''}"
-        text = "\n".join([f"{head} cannot be used:", *_some(problems)])
+    for list_name, finding in _broken(config, looks).items():
         if list_name == "val" or config.dataset.on_error == "stop":
-            wrong.append(text)
+            wrong.append(finding.words())
         else:
-            log.warning("%s\nOther samples will take their place (dataset.on_error: skip)", text)
+            log.warning("%s\nOther samples will take their place (dataset.on_error: skip)", finding.words())
     return wrong
 
 
@@ -117,30 +127,40 @@ def examine(config: Config, lists: Lists, *, workers: int = _THREADS, limit: int
         workers: threads that read.
         limit: images of each list at most, evenly spread; None reads all.
     """
-    looks, findings = _looks(config, lists, True, workers, limit), []
-    for list_name, seen in looks.items():
-        if problems := tuple(problem for look in seen for problem in look.problems):
-            broken = sum(bool(look.problems) for look in seen)
-            text = f"{broken} of the {len(seen)} {list_name} images cannot be used:"
-            findings.append(Finding(True, text, problems))
-    findings += [*_of_lists(config, lists), *_of_classes(config, looks), *_of_pictures(config, looks)]
-    return Health(findings, _table(config, lists, looks))
+    looks = _looks(config, lists, False, workers, limit)
+    findings = [*_broken(config, looks).values(), *_of_lists(config, lists)]
+    findings += [*_of_classes(config, looks), *_of_pictures(config, looks)]
+    return Health(findings, _table(config, lists, looks), _counted(lists, looks))
+
+
+def _counted(lists: Lists, looks: dict[str, list[Look]]) -> str:
+    """How many files were looked at, and how many are used as what and left out."""
+    images, masks = (
+        sum(getattr(look, kind) is not None for seen in looks.values() for look in seen) for kind in ("size", "counts")
+    )
+    used = ", ".join(f"{len(names)} {name}" for name, names in lists.by_name().items())
+    rest = "".join(f"; {len(files)} {text}" for text, files in lists.remarks.items())
+    return f"looked at {images} images and {masks} masks; used: {used}{rest}"
 
 
 def _looks(
-    config: Config, lists: Lists, with_images: bool, workers: int = _THREADS, limit: int | None = None
+    config: Config, lists: Lists, quick: bool, workers: int = _THREADS, limit: int | None = None
 ) -> dict[str, list[Look]]:
-    """The looks at each list's images, of which all or ``limit`` are read; masks are read wherever they are used."""
+    """The looks at all or ``limit`` images of each list; masks are read wherever they are used.
+
+    Args:
+        quick: see ``check_data``; else all images are read.
+    """
     looks, dataset = {}, config.dataset
-    for list_name, names in vars(lists).items():
-        source = open_source(dataset, val_root(config) if list_name == "val" else dataset.train.data_root)
-        masks, paired = source, with_images
+    for list_name, names in lists.by_name().items():
+        source = masks = source_of(config, list_name)
+        how = "size" if quick and list_name != "val" else "all"
         if list_name == "unlabeled":
-            paired = with_images or dataset.train.pseudo_labels is not None
             masks = None if dataset.train.pseudo_labels is None else open_labels(dataset, dataset.train.pseudo_labels)
-        if catalog_of(dataset).files is None and not paired:
+            how = None if quick and masks is None else how
+        if quick and catalog_of(dataset).files is None and masks in (source, None):
             continue
-        look = partial(_look, source, masks, paired)
+        look = partial(_look, source, masks, how)
         names = names[:: 1 if limit is None else max(1, len(names) // limit)]
         with ThreadPoolExecutor(max(1, workers)) as pool:
             shown = None if names else True  # None: on a terminal
@@ -149,36 +169,62 @@ def _looks(
     return looks
 
 
-def _look(source: Source, masks: Source | None, with_image: bool, name: str) -> Look:
-    if missing := source.missing([name], masks is source):
-        return Look(name, tuple(f"{path}: no such file" for path in missing))
-    image = mask = None
+def source_of(config: Config, list_name: str) -> Source:
+    """Where the images of a list come from."""
+    return open_source(config.dataset, val_root(config) if list_name == "val" else config.dataset.train.data_root)
+
+
+def _look(source: Source, masks: Source | None, how: str | None, name: str) -> Look:
+    image = mask = size = None
     try:
-        if masks is not None and with_image:
-            image, mask = read_pair(source, name, masks)
-        elif masks is not None:
-            mask = masks.mask(name)
-        elif with_image:
+        if missing := source.missing([name], masks is source):
+            return Look(name, tuple(f"{path}: no such file" for path in missing))
+        mask = None if masks is None else masks.mask(name)
+        if how == "size" and isinstance(source, FileSource):
+            size = upright_size(source.paths(name)[0])
+        elif how is not None:
             image = source.image(name)
+            size = image.size
+        if size and mask:
+            need_same_size(name, size, mask.size)
     except DataError as error:
         return Look(name, (str(error),))
     counts = None if mask is None else np.array(mask.histogram())
     if image is None:
-        return Look(name, counts=counts)
+        return Look(name, (), size, counts)
     pixels = np.asarray(image)[::_EVERY, ::_EVERY].reshape(-1, 3) / 255
-    return Look(name, (), image.size, counts, np.stack([pixels.mean(0), (pixels**2).mean(0)]))
+    return Look(name, (), size, counts, np.stack([pixels.mean(0), (pixels**2).mean(0)]))
 
 
-def _other_count(config: Config, lists: Lists) -> str | None:
-    if config.dataset.n_sup in (None, len(lists.labeled)):
-        return None
-    return f"dataset.n_sup is {config.dataset.n_sup}, but the labeled list has {len(lists.labeled)} lines"
+def _broken(config: Config, looks: dict[str, list[Look]]) -> dict[str, Finding]:
+    """For each list with images that cannot be used, what is wrong with them."""
+    findings = {}
+    for list_name, seen in looks.items():
+        broken = [look for look in seen if look.problems]
+        if broken:
+            meant = _meant(source_of(config, list_name), list_name != "unlabeled", broken[0].name)
+            folder = config.dataset.train.pseudo_labels if list_name == "unlabeled" else None
+            what = f"{list_name} images{folder and f' and their labels in {folder}' or ''}"
+            text = f"{len(broken)} of the {len(seen)} {what} cannot be used{meant}:"
+            findings[list_name] = Finding(True, text, tuple(problem for look in broken for problem in look.problems))
+    return findings
+
+
+def _meant(source: Source, masked: bool, name: str) -> str:
+    """What a list line that is no image may mean: lists of other projects have other lines."""
+    path = Path(name.split()[0].replace("\\", "/"))
+    tails = [Path(*path.parts[start:]) for start in range(len(path.parts))]
+    guesses = [tail.with_suffix(suffix).as_posix() for tail in tails for suffix in (tail.suffix, *IMAGES, "")]
+    for guess in guesses if source.missing([name], masked) else ():
+        if not source.missing([guess], masked):
+            return f" (a line of the list is {name!r}; expected one name a line, here {guess})"
+    return ""
 
 
 def _of_lists(config: Config, lists: Lists) -> list[Finding]:
     """Duplicates, overlaps, and the count that the recipe expects."""
     findings = []
-    for list_name, names in vars(lists).items():
+    for list_name, names in lists.by_name().items():
         if repeated := tuple(name for name, count in Counter(names).items() if count > 1):
             text = f"{len(repeated)} names stand more than once in the {list_name} list:"
             findings.append(Finding(True, text, repeated))
@@ -186,8 +232,38 @@ def _of_lists(config: Config, lists: Lists) -> list[Finding]:
         text = f"{len(common)} images are both {one} and {two}"
         text += ": the evaluation sees training images:" if two == "val" else ":"
         findings.append(Finding(two == "val" or config.wants.pseudo_label, text, common))
-    text = _other_count(config, lists)
-    return [*findings, Finding(False, text)] if text else findings
+    for list_name in ("labeled", "unlabeled"):
+        if copies := _copies(config, lists, list_name):
+            text = f"{len(copies)} {list_name} images are val images under another name, the same bytes:"
+            findings.append(Finding(True, text, copies))
+    findings += [Finding(False, f"{len(files)} {text}:", files) for text, files in lists.remarks.items()]
+    if config.dataset.n_sup not in (None, len(lists.labeled)):
+        text = f"dataset.n_sup is {config.dataset.n_sup}, but the labeled list has {len(lists.labeled)} lines"
+        findings.append(Finding(False, f"{text}; the list counts"))
+    return findings
+
+
+def _copies(config: Config, lists: Lists, list_name: str) -> tuple[str, ...]:
+    """Images of a training list whose files are copies of those of validation images."""
+    if catalog_of(config.dataset).files is None:
+        return ()
+    paths, keys = {}, {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for name in ("val", list_name):
+            source = source_of(config, name)
+            paths[name] = [source.paths(image)[0] for image in lists.by_name()[name]]
+            keys[name] = list(pool.map(_fingerprint, paths[name]))
+    known = dict(zip(keys["val"], paths["val"]))
+    pairs = [(path, known.get(key, path)) for path, key in zip(paths[list_name], keys[list_name]) if key is not None]
+    return tuple(f"{a} = {b.name}" for a, b in pairs if a != b and filecmp.cmp(a, b, shallow=False))
+
+
+def _fingerprint(path: Path) -> tuple[int, bytes] | None:
+    """Size and some bytes of a file: where they differ, two files do. None for one that cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size // 2)
+        return size, file.read(_COMPARED)
 
 
 def _overlaps(config: Config, lists: Lists) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -207,7 +283,7 @@ def _shared(config: Config, lists: Lists) -> list[str]:
     pairs = _overlaps(config, lists).items()
     found |= {f"both {one} and {two}": names for (one, two), names in pairs if "unlabeled" in (one, two)}
     return [
-        "\n".join([f"{len(names)} images are {what}; unlabeled images get pseudo labels:", *_some(names)])
+        Finding(True, f"{len(names)} images are {what}; unlabeled images get pseudo labels:", names).words()
         for what, names in found.items()
     ]
 
@@ -216,7 +292,7 @@ def _of_classes(config: Config, looks: dict[str, list[Look]]) -> list[Finding]:
     """Classes that do not occur, and masks that are not what they are taken for."""
     findings, ignore = [], config.dataset.ignore_label
     for list_name in ("labeled", "val"):
-        counts = _counts(looks[list_name])
+        counts = _counts(looks.get(list_name, []))
         if counts is None:
             continue
         if set(np.flatnonzero(counts).tolist()) == {0, ignore} and ignore == 255:
@@ -264,7 +340,7 @@ def _counts(looks: list[Look]) -> np.ndarray | None:
 def _table(config: Config, lists: Lists, looks: dict[str, list[Look]]) -> str:
     """Images and sizes of each list; of each class, its share of the pixels and the images that show it."""
     lines = [f"{'list':12} {'images':>8} {'looked at':>10} {'smallest':>12} {'largest':>12}"]
-    for name, names in vars(lists).items():
+    for name, names in lists.by_name().items():
         sizes = sorted((look.size for look in looks[name] if look.size), key=lambda size: size[0] * size[1])
         ends = [f"{width}×{height}" for width, height in (sizes[:1] + sizes[-1:])] or ["", ""]
         lines.append(f"{name:12} {len(names):>8} {len(looks[name]):>10} {ends[0]:>12} {ends[-1]:>12}")
@@ -284,9 +360,3 @@ def _table(config: Config, lists: Lists, looks: dict[str, list[Look]]) -> str:
             cells += [f"{100 * counts[value] / max(base, 1):.2f} %", str(shown)]
         lines.append(f"{name:{width}}  {cells[0]:>15} {cells[1]:>7} {cells[2]:>14} {cells[3]:>7}")
     return "\n".join(lines)
-
-
-def _some(items: Sequence[str]) -> list[str]:
-    """The first items as indented lines, and how many more there are."""
-    more = [f"  ... and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
-    return [*(f"  {item}" for item in items[:_SHOWN]), *more]

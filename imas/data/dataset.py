@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,12 +40,10 @@ class Geometry(NamedTuple):
 
 
 class _AugmentedSet(Dataset):
-    """Views of images of a training list.
+    """Views of images of a training list, with ``strong`` strong views of each crop, of the kind ``strong_aug``.
 
-    Args:
-        strong: strong views of each crop.
-        strong_aug: of what kind they are; not read where there are none.
-        skip: put another sample in the place of a broken one, with a message as ``skipped`` (else an empty text).
+    ``skip`` puts another sample in the place of a broken one, with a message as ``skipped`` (else an empty text).
+    ``labels`` gives pseudo labels of unlabeled images (``labels.open_labels``).
     """
 
     def __init__(
@@ -56,8 +54,9 @@ class _AugmentedSet(Dataset):
         strong: int = 0,
         strong_aug: StrongAug | None = None,
         skip: bool = False,
+        labels: Source | None = None,
     ) -> None:
-        self.source, self.names, self.geometry, self.skip = source, names, geometry, skip
+        self.source, self.names, self.geometry, self.skip, self.labels = source, names, geometry, skip, labels
         self.strong, self.strong_aug = strong, strong_aug
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
@@ -96,16 +95,8 @@ class LabeledSet(_AugmentedSet):
 class UnlabeledSet(_AugmentedSet):
     """Unlabeled images, whose masks are never read: a dict of ``weak`` (3, H, W) uint8, ``strong``, a list of views of
     the same crop with its colours changed, ``real`` (height, width) at top left that is no padding, and ``index``; with
-    pseudo labels ``label`` (H, W) uint8.
-
-    Args:
-        labels: of the pseudo labels (``labels.open_labels``). Where ``strong_aug.cutout`` puts noise into a strong
-            view, the label is the ignore label.
+    pseudo labels ``label`` (H, W) uint8, which is the ignore label where ``strong_aug.cutout`` puts noise into a view.
     """
-
-    def __init__(self, *arguments: Any, labels: Source | None = None, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.labels = labels
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         name = self.names[index]
@@ -126,14 +117,14 @@ class UnlabeledSet(_AugmentedSet):
 
 
 class EvaluationSet(Dataset):
-    """Whole images as they are: (image (3, H, W) uint8, label (H, W) int64)."""
+    """Whole images as they are: (image (3, H, W) uint8, label (H, W) uint8)."""
 
     def __init__(self, source: Source, names: Sequence[str]) -> None:
         self.source, self.names = source, names
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, mask = read_pair(self.source, self.names[index])
-        return TF.pil_to_tensor(image), torch.from_numpy(np.array(mask, dtype=np.int64))
+        return TF.pil_to_tensor(image), torch.from_numpy(np.array(mask))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -144,28 +135,27 @@ def read_pair(source: Source, name: str, labels: Source | None = None) -> tuple[
     cannot be used.
     """
     image, mask = source.image(name), (labels or source).mask(name)
-    if image.size != mask.size:
-        raise DataError(
-            f"{name}: the image is {image.width}×{image.height} pixels, its mask {mask.width}×{mask.height}"
-        )
+    need_same_size(name, image.size, mask.size)
     return image, mask
+
+
+def need_same_size(name: str, image: tuple[int, int], mask: tuple[int, int]) -> None:
+    """Raise ``DataError`` where an image and its mask, by (width, height), are of different sizes."""
+    if image != mask:
+        turned = ": is the image turned by its EXIF orientation, and the mask not?" if image == mask[::-1] else ""
+        raise DataError(f"{name}: the image is {image[0]}×{image[1]} pixels, its mask {mask[0]}×{mask[1]}{turned}")
 
 
 def stacked(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Samples as a batch. Images stay in Pillow's order of bytes, (H, W, 3), though their shape is (B, 3, H, W): to put
     them into another costs a worker more than all else that it does with a crop.
     """
-    rows = [{name: _each(_rows, value) for name, value in sample.items()} for sample in samples]
-    return {name: _each(_images, value) for name, value in default_collate(rows).items()}
+    rows = [{name: _permuted(value, 1, 2, 0) for name, value in sample.items()} for sample in samples]
+    return {name: _permuted(value, 0, 3, 1, 2) for name, value in default_collate(rows).items()}
 
 
-def _each(change: Callable[[Any], Any], value: Any) -> Any:
-    return [change(each) for each in value] if isinstance(value, list) else change(value)
-
-
-def _rows(value: Any) -> Any:
-    return value.permute(1, 2, 0) if isinstance(value, Tensor) and value.dim() == 3 else value
-
-
-def _images(value: Any) -> Any:
-    return value.permute(0, 3, 1, 2) if isinstance(value, Tensor) and value.dim() == 4 else value
+def _permuted(value: Any, *order: int) -> Any:
+    """A tensor of as many axes, or each of a list, with its axes in that order; all else as it is."""
+    if isinstance(value, list):
+        return [_permuted(each, *order) for each in value]
+    return value.permute(order) if isinstance(value, Tensor) and value.dim() == len(order) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -19,27 +18,22 @@ from .splits import digest, need_folder, write_list
 
 
 def own_masks(images: Path | None, masks: Path, suffix: str = "") -> FileSource:
-    """The masks of own data, named as ``folder.files`` says.
-
-    Args:
-        images: the image folder; None for a list alone.
+    """The masks of own data, named as ``folder.files`` says; ``images`` is None for a list alone.
 
     Raises:
         UserError: a folder that does not exist.
     """
-    need_folder(masks)
-    options = Folder(("0", "1"), "" if images is None else str(images), str(masks), suffix)
+    options = Folder(("0", "1"), str(images or ""), str(need_folder(masks)), suffix)
     return FileSource(partial(folder.files, options), Path(), num_classes=255, ignore_index=255)
 
 
 def own_images(images: Path, masks: FileSource | None) -> list[str]:
-    """Paths below the folder of all its images, sorted. Masks that lie among them are none.
+    """Paths below the folder of all its images, sorted. Masks that lie among them are left out.
 
     Raises:
         UserError: a folder that does not exist, or has no image.
     """
-    need_folder(images)
-    names = sorted(itertools.chain(*folder.find(Folder(("0", "1"), str(images)), Path())))
+    names = folder.images_below(need_folder(images))
     if masks is not None:
         used = {masks.files(masks.root, name)[1] for name in names}
         names = [name for name in names if images / name not in used]
@@ -62,7 +56,6 @@ def draw_splits(
     """Draw ``labeled.txt``, ``unlabeled.txt`` and, with ``val``, ``val.txt`` into a folder; print what they are.
 
     Args:
-        names: what to draw from.
         labeled, val: how many images, as a count or as a fraction of all names: "100", "0.1", "1/16".
         seed: same seed, same lists; at least 0.
         masks: only images that have one become labeled or val. None: every image may.
@@ -82,11 +75,19 @@ def draw_splits(
         raise UserError(f"none of the {len(names)} images has a mask; that of {names[0]} would be {looked}")
     count = _amount("--labeled", labeled, len(names))
     held_out = 0 if val is None else _amount("--val", val, len(names))
-    sizes = {"labeled": count, "unlabeled": len(names) - count - held_out, "val": held_out}
     if count + held_out > len(usable):
         have = "" if masks is None else f" that have a mask, of {len(names)} in all"
         raise UserError(f"{count} labeled and {held_out} val images are more than the {len(usable)} images{have}")
-    _refuse_existing(out, {kind for kind, size in sizes.items() if size}, force)
+    sizes = {"labeled": count, "unlabeled": len(names) - count - held_out, "val": held_out}
+    existing = [kind for kind in sizes if (out / f"{kind}.txt").exists()]
+    if existing and not force:
+        raise UserError(f"{out}: has {', '.join(existing)} lists already; --force replaces them")
+    if stale := [kind for kind in existing if not sizes[kind]]:
+        raise UserError(
+            f"{out}: has {' and '.join(stale)} lists from before that would stay, and could share images with "
+            "the new ones: remove them, or choose another folder"
+        )
+
     classes = None
     if stratify:
         with ThreadPoolExecutor(8) as pool:
@@ -95,14 +96,16 @@ def draw_splits(
     lists["unlabeled"] = sorted(set(names).difference(*lists.values()))
     with_mask = "" if masks is None else f", {len(usable)} with a mask"
     print(f"{len(names)} images{with_mask}; seed {seed}{', stratified' if stratify else ''}")
-    for kind in (kind for kind, size in sizes.items() if size):
-        write_list(out / f"{kind}.txt", lists[kind])
-        print(f"{out / f'{kind}.txt'}  {len(lists[kind])} images, sha256 {digest(lists[kind])}")
-        if classes is not None and kind != "unlabeled":
-            absent = set().union(*classes.values()).difference(*(classes[name] for name in lists[kind]))
+    for kind, part in lists.items():
+        if not part:
+            continue
+        write_list(out / f"{kind}.txt", part)
+        print(f"{out / f'{kind}.txt'}  {len(part)} images, sha256 {digest(part)}")
+        if stratify and kind != "unlabeled":
+            absent = set().union(*classes.values()).difference(*(classes[name] for name in part))
             if absent:
                 print(f"{kind}: no image could be had of these classes: {', '.join(map(str, sorted(absent)))}")
-    if not sizes["unlabeled"]:
+    if not lists["unlabeled"]:
         print("no image is left to be unlabeled: the lists are for methods that need none")
 
 
@@ -112,18 +115,15 @@ def drawn(
     """Two disjoint samples, "labeled" and "val", sorted.
 
     Without ``classes``, val does not depend on the number of labeled images, and a smaller labeled sample of the same
-    seed is part of a larger one. With ``classes``, each sample starts with one image of every class, labeled before
-    val and the rarest class first, as far as its size allows; chance fills the rest.
-
-    Args:
-        classes: of each name, what its mask shows.
+    seed is part of a larger one. With ``classes`` (what the mask of each name shows), each sample starts with one image
+    of every class, labeled before val and the rarest class first, as far as its size allows; chance fills the rest.
     """
     order = np.random.default_rng(seed).permutation(names).tolist()
-    lists = {"labeled": [], "val": []}
-    sizes = {"labeled": labeled, "val": val}
-    for kind in lists if classes is not None else ():
-        lists[kind] = _cover(order, sizes[kind], classes)
-        order = [name for name in order if name not in set(lists[kind])]
+    sizes, lists = {"labeled": labeled, "val": val}, {"labeled": [], "val": []}
+    if classes is not None:
+        for kind, size in sizes.items():
+            lists[kind] = _cover(order, size, classes)
+            order = [name for name in order if name not in lists[kind]]
     for kind in ("val", "labeled"):
         missing = sizes[kind] - len(lists[kind])
         lists[kind] += order[:missing]
@@ -135,20 +135,18 @@ def _cover(order: list[str], size: int, classes: dict[str, set[int]]) -> list[st
     """At most ``size`` names that show all classes, greedily: for the rarest that is not yet shown, the first name
     that shows most of what is lacking.
     """
-    frequency = Counter(number for name in order for number in sorted(classes[name]))
+    frequency = Counter(value for name in order for value in classes[name])
     lacking, chosen = set(frequency), []
     while lacking and len(chosen) < size:
-        rarest = min(lacking, key=lambda number: (frequency[number], number))
+        rarest = min(lacking, key=lambda value: (frequency[value], value))
         showing = (name for name in order if rarest in classes[name])
-        best = max(showing, key=lambda name: len(classes[name] & lacking))
-        chosen.append(best)
-        lacking -= classes[best]
+        chosen.append(max(showing, key=lambda name: len(classes[name] & lacking)))
+        lacking -= classes[chosen[-1]]
     return chosen
 
 
 def _classes(masks: FileSource, name: str) -> set[int]:
-    counts = masks.mask(name).histogram()
-    return {number for number in range(255) if counts[number]}
+    return {value for value, count in enumerate(masks.mask(name).histogram()[:255]) if count}
 
 
 def _amount(flag: str, text: str, total: int) -> int:
@@ -159,14 +157,3 @@ def _amount(flag: str, text: str, total: int) -> int:
     if not 0 < value <= total:
         raise UserError(f"{flag} {text}: expected at least 1 and at most all of the {total} images")
     return max(1, round(value))
-
-
-def _refuse_existing(out: Path, kinds: set[str], force: bool) -> None:
-    existing = {kind for kind in ("labeled", "unlabeled", "val") if (out / f"{kind}.txt").exists()}
-    if existing and not force:
-        raise UserError(f"{out}: has {', '.join(sorted(existing))} lists already; --force replaces them")
-    if stale := existing - kinds:
-        raise UserError(
-            f"{out}: has {' and '.join(sorted(stale))} lists from before that would stay, and could share images with "
-            "the new ones: remove them, or choose another folder"
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from PIL import Image
 
 from ..errors import Together, UserError
 from ..schema import Dataset, Folder
-from .source import binary_labels, index_labels, labels_of_colours
+from .source import binary_labels, existing, index_labels, labels_of_colours, listing, plain
 
-IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp")
 MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif")
 
 
@@ -23,8 +24,7 @@ def files(options: Folder, root: Path, name: str) -> tuple[Path, Path]:
     """
     stem = root / options.masks / Path(name).with_suffix("")
     candidates = [stem.with_name(f"{stem.name}{options.mask_suffix}{kind}") for kind in MASKS]
-    mask = next((path for path in candidates if path.is_file()), candidates[0])
-    return root / options.images / name, mask
+    return root / options.images / name, existing(*candidates) or candidates[0]
 
 
 def labels(options: Folder, path: Path, image: Image.Image, ignore_index: int) -> np.ndarray:
@@ -40,34 +40,78 @@ def labels(options: Folder, path: Path, image: Image.Image, ignore_index: int) -
     return binary_labels(path, image) if options.binary else index_labels(path, image)
 
 
-def lists(dataset: Dataset, given: Mapping[str, list[str]], wanted: list[str]) -> dict[str, list[str]]:
+def lists(
+    dataset: Dataset, given: Mapping[str, list[str]], wanted: list[str]
+) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]]]:
     """The lists ``wanted``: images with a mask are labeled, all others unlabeled; none is in two lists.
 
+    Returns:
+        The lists; and what is said of files: those that no list names, and those that are not used.
+
     Raises:
-        UserError: a folder that does not exist; no image for one of the lists.
+        UserError: a folder that does not exist or may not be read; no image for one of the lists.
     """
-    options, found, root = dataset.folder, dict(given), dataset.train.data_root
-    val_root = dataset.val.data_root or root
+    options, found, remarks = dataset.folder, dict(given), {}
+    root = Path(dataset.train.data_root)
+    val_root = Path(dataset.val.data_root or root)
+    roots = [val_root] if "val" in wanted else []
     if "val" in wanted:
-        found["val"] = find(options, Path(val_root), masked=True)[0]
-    if wanted != ["val"]:
-        with_mask, without = find(options, Path(root))
-        taken = set(found["val"]) if val_root == root else set()
+        found["val"] = find(options, val_root, masked=True)[0]
+    if "labeled" in (*given, *wanted):
+        roots = list(dict.fromkeys([root, *roots]))
+        with_mask, without = find(options, root)
+        taken = {plain(name) for name in found["val"]} if val_root == root else set()
         if "labeled" in wanted:
-            found["labeled"] = [name for name in with_mask if name not in taken]
+            found["labeled"] = [name for name in with_mask if plain(name) not in taken]
+        taken |= {plain(name) for name in (*found["labeled"], *found.get("unlabeled", ()))}
+        rest = [name for name in (*with_mask, *without) if plain(name) not in taken]
         if "unlabeled" in wanted:
-            taken |= set(found["labeled"])
-            found["unlabeled"] = [name for name in (*with_mask, *without) if name not in taken]
+            found["unlabeled"] = rest
+        takes_part = "they are unlabeled" if "unlabeled" in wanted else "they take no part"
+        remarks[f"images below {root / options.images} are on no list: {takes_part}"] = rest
+    for place in roots:
+        remarks |= _not_used(options, place)
     together = Together()
     for name in wanted:
         if not found[name]:
-            kind = "without a mask" if name == "unlabeled" else "with a mask"
+            kind, example = "without a mask", ""
+            if name != "unlabeled":
+                kind, example = "with a mask", _expected(options, val_root if name == "val" else root)
             together.errors.append(
                 f"dataset.folder: no {name} image: none {kind} was found below the folders {options.images} and "
-                f"{options.masks}"
+                f"{options.masks}{example}"
             )
     together.finish()
-    return {name: found[name] for name in wanted}
+    return {name: found[name] for name in wanted}, {text: tuple(names) for text, names in remarks.items() if names}
+
+
+def _not_used(options: Folder, root: Path) -> dict[str, list[str]]:
+    """Files of the two folders that are not used, by the reason; and images that share a mask."""
+    images, masks, hidden = root / options.images, root / options.masks, []
+    pictures = below(images, hidden)
+    by_mask: dict[Path, list[str]] = {}
+    for name in find(options, root, masked=True)[0]:
+        by_mask.setdefault(files(options, root, name)[1], []).append(name)
+    strangers = [name for name in below(masks, hidden) if masks / name not in by_mask] if masks.is_dir() else []
+    if images == masks:
+        strangers = [name for name in strangers if Path(name).stem.endswith(options.mask_suffix)]
+    shared = [name for names in by_mask.values() if len(names) > 1 for name in names]
+    return {
+        f"masks in {masks} belong to no image": strangers,
+        f"images below {images} share a mask with another one": shared,
+        f"files below {images} are no images by their suffix": [name for name in pictures if not is_image(name)],
+        f"names below {root} start with a dot: left out": list(dict.fromkeys(hidden)),
+    }
+
+
+def _expected(options: Folder, root: Path) -> str:
+    """An example of the mask that was looked for, and what there is instead."""
+    masks, name = root / options.masks, next(iter(_found(root / options.images)), None)
+    if name is None:
+        return f"; {root / options.images} has no image ({', '.join(IMAGES)})"
+    there = ", ".join((below(masks) if masks.is_dir() else [])[:3]) or "nothing"
+    looked = files(options, root, name)[1]
+    return f"; the mask of {name} would be {looked} (or {', '.join(MASKS[1:])}), and {masks} has {there} ..."
 
 
 def problems(dataset: Dataset) -> dict[str, str]:
@@ -81,6 +125,13 @@ def problems(dataset: Dataset) -> dict[str, str]:
     count, palette = len(options.class_names), options.palette
     if palette is not None and len(palette) != count:
         wrong["dataset.folder.palette"] = f"expected a colour a class, {count} in all, got {len(palette)}"
+    if palette is not None:
+        colours = [*palette, *([] if options.ignore_colour is None else [options.ignore_colour])]
+        if twice := [list(colour) for colour, times in Counter(colours).items() if times > 1]:
+            wrong["dataset.folder.palette"] = (
+                f"{twice} stands for two classes, or for a class and dataset.folder.ignore_colour; each needs a colour "
+                "of its own"
+            )
     if options.images == options.masks and not options.mask_suffix:
         wrong["dataset.folder.mask_suffix"] = "missing; it tells masks from images where both are in one folder"
     if options.binary and (count != 2 or palette is not None):
@@ -97,27 +148,42 @@ def find(options: Folder, root: Path, masked: bool = False) -> tuple[list[str], 
         masked: look for images with a mask alone.
 
     Raises:
-        UserError: a folder that does not exist.
+        UserError: a folder that does not exist or may not be read.
     """
     found = _found(root / options.images)
-    if options.images == options.masks:
-        beside = {files(options, root, name)[1] for name in found}
-        found = [name for name in found if root / options.images / name not in beside]
-    masks = [files(options, root, name)[1].is_file() for name in found]
-    without = [name for name, has_mask in zip(found, masks) if not has_mask]
+    masks = {name: existing(files(options, root, name)[1]) for name in found}
+    used = set(masks.values())
+    found = [name for name in found if root / options.images / name not in used]  # a mask is no image
+    without = [name for name in found if masks[name] is None]
     if options.unlabeled is not None and not masked:
         base = Path(os.path.relpath(root / options.unlabeled, root / options.images))
         without += [(base / name).as_posix() for name in _found(root / options.unlabeled)]
-    return [name for name, has_mask in zip(found, masks) if has_mask], without
+    return [name for name in found if masks[name] is not None], without
 
 
-def images_below(folder: Path) -> list[str]:
-    """Paths of all image files in a folder and its sub-folders, relative to it, sorted."""
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
-    return sorted(path.relative_to(folder).as_posix() for path in paths)
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its suffix."""
+    return name.lower().endswith(IMAGES)
+
+
+def below(folder: Path, hidden: list[str] | None = None) -> list[str]:
+    """Paths of all files in a folder and its sub-folders, relative to it, sorted. Links are followed. Files and folders
+    whose names start with a dot are left out, and added to ``hidden``.
+    """
+    found, left_out, seen, waiting = [], [] if hidden is None else hidden, set(), [""]
+    for base in waiting:  # which grows
+        status = os.stat(folder / base)
+        if (status.st_dev, status.st_ino) in seen:
+            continue  # a link that leads back
+        seen.add((status.st_dev, status.st_ino))
+        here = listing(folder / base)
+        for name in (*here.files, *(f"{name}/" for name in here.folders)):
+            kind = left_out if name.startswith(".") else waiting if name.endswith("/") else found
+            kind.append(base + name)
+    return sorted(found)
 
 
 def _found(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (looked in {Path.cwd()}); dataset.folder says where the images lie")
-    return images_below(folder)
+    return list(filter(is_image, below(folder)))

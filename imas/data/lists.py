@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import Together, UserError
@@ -15,20 +17,31 @@ class Lists:
     """Names of the images of a run."""
 
     labeled: list[str]
-    unlabeled: list[str]  # empty for a method that wants none
+    unlabeled: list[str]  # empty for sup_only
     val: list[str]
+    remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)  # what is said of which files
+
+    def by_name(self) -> dict[str, list[str]]:
+        """The lists alone."""
+        return {"labeled": self.labeled, "unlabeled": self.unlabeled, "val": self.val}
 
 
 def list_paths(config: Config) -> dict[str, Path | None]:
-    """The list files of a configuration, named as the fields of ``Lists``; None where it does without."""
+    """The list files of a configuration, by the names of ``Lists``; None where it does without. An unlabeled list that
+    is beside the labeled one is used, for every data set.
+    """
     train, val = config.dataset.train, config.dataset.val
-    paths = {"labeled": train.data_list, "unlabeled": train.unlabeled_list, "val": val.data_list}
-    return {name: None if path is None else Path(path) for name, path in paths.items()}
+    named = {"labeled": train.data_list, "unlabeled": train.unlabeled_list, "val": val.data_list}
+    paths = {name: None if path is None else Path(path) for name, path in named.items()}
+    if config.wants.unlabeled and paths["labeled"] is not None and paths["unlabeled"] is None:
+        beside = paths["labeled"].with_name(paths["labeled"].name.replace("labeled.txt", "unlabeled.txt"))
+        paths["unlabeled"] = beside if beside != paths["labeled"] and os.path.isfile(beside) else None
+    return paths
 
 
 def read_lists(config: Config, training: bool = True) -> Lists:
-    """The lists that a configuration names; where it names none, those of the embedded set, or what lies in the folders
-    of own data.
+    """The lists that a configuration names; where it names none, those of the embedded set, or what the folders of own
+    data hold.
 
     Args:
         training: False reads the validation list alone.
@@ -37,7 +50,7 @@ def read_lists(config: Config, training: bool = True) -> Lists:
         UserError: every list that cannot be read; own data without a labeled, unlabeled or validation image.
     """
     wanted = ["labeled", "unlabeled", "val"] if training else ["val"]
-    if training and not config.wants.unlabeled:
+    if not config.wants.unlabeled and training:
         wanted.remove("unlabeled")
     together = Together()
     paths = list_paths(config)
@@ -51,20 +64,22 @@ def read_lists(config: Config, training: bool = True) -> Lists:
         )
     together.finish()
     missing = [name for name in wanted if name not in lists]
-    if missing:
-        lists |= catalog.find(lists, missing)
-    return Lists(**({"labeled": [], "unlabeled": [], "val": []} | lists))
+    remarks: Mapping[str, tuple[str, ...]] = {}
+    if catalog.find is not None:
+        found, remarks = catalog.find(lists, missing)
+        lists |= found
+    return Lists(**({"labeled": [], "unlabeled": [], "val": []} | lists), remarks=remarks)
 
 
 def read_list(path: str | Path) -> list[str]:
-    """The lines of a list file, one image each; empty lines are left out.
+    """The lines of a list file, one image each; empty lines and a byte order mark are left out.
 
     Raises:
         UserError: a file that is missing or empty.
     """
     path = Path(path)
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"{path}: cannot read the list: {reason} (looked in {Path.cwd()})") from None

@@ -35,9 +35,8 @@ _OVERSAMPLING, _ORDER = 2, 3  # what else is drawn, as numbers beside those of t
 
 
 def oversample(count: int, wanted: int, seed: int) -> list[int]:
-    """``wanted`` indices into a list of ``count``, drawn once per run (spec, Sampling).
-
-    The list is repeated ceil(wanted / count) times, and drawn from without replacement.
+    """``wanted`` indices into a list of ``count``, drawn once per run, without replacement, from that list repeated
+    ceil(wanted / count) times (spec, Sampling).
     """
     repeated = np.tile(np.arange(count), -(-wanted // count))
     rng = np.random.default_rng((seed, _OVERSAMPLING))
@@ -78,8 +77,7 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[list[Draw]]:
         count, first = len(self.items), self.epoch * self.size
         passes = range(first // count, -(-(first + self.size) // count))
-        seeds = [(self.seed, _ORDER + self.stream, number) for number in passes]
-        orders = [np.random.default_rng(words).permutation(count) for words in seeds]
+        orders = [np.random.default_rng((self.seed, _ORDER + self.stream, i)).permutation(count) for i in passes]
         order = np.concatenate(orders)[first - passes[0] * count :][: self.size]
         per_rank = -(-self.size // self.world)
         draws = [
@@ -91,8 +89,7 @@ class EpochSampler(Sampler):
 
     def __len__(self) -> int:
         """Iterations per epoch."""
-        per_rank = -(-self.size // self.world)
-        whole, rest = divmod(per_rank, self.batch_size)
+        whole, rest = divmod(-(-self.size // self.world), self.batch_size)
         return whole + (not self.drop_last and rest > 1)
 
 
@@ -102,10 +99,6 @@ class TrainingData:
     ``data.epoch(number, unlabeled=True)`` yields, for each update, a list of ``trainer.accumulate`` dicts. Each holds
     ``labeled`` and, if wanted, ``unlabeled``, dicts of CPU tensors as ``dataset`` makes them, and ``skipped``, a
     message for each image that had to be replaced.
-
-    Args:
-        seed: of the run.
-        rank, world: of this process.
     """
 
     def __init__(self, config: Config, lists: Lists, seed: int, rank: int, world: int) -> None:
@@ -133,54 +126,43 @@ class TrainingData:
         if pool and train.epoch_size is None:
             items, size = oversample(count, pool, seed), pool
         drop_last = bool(pool) or train.drop_last
-        self.labeled_sampler = EpochSampler(
-            items, size, train.batch_size, seed, "labeled", rank, world, drop_last
-        )  # fmt: skip
+        self.labeled_sampler = EpochSampler(items, size, train.batch_size, seed, "labeled", rank, world, drop_last)
         self.labeled = _loader(labeled, self.labeled_sampler, workers)
         self.unlabeled = None
         if pool:
-            views = (wants.strong, strong_aug, skip)
-            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, *views, labels=labels)
+            unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, strong_aug, skip, labels)
             self.unlabeled_sampler = EpochSampler(
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )
             self.unlabeled = _loader(unlabeled, self.unlabeled_sampler, workers)
         self.accumulate, self.drop_last = config.trainer.accumulate, drop_last
         if not len(self):
-            batch = f"{self.accumulate} batches of {train.batch_size}" if self.accumulate > 1 else f"{train.batch_size}"
+            batch = f"{self.accumulate} batches of " if self.accumulate > 1 else ""
             raise UserError(
                 f"dataset.train.batch_size: {size} images an epoch over {world} process(es) do not fill one batch of "
-                f"{batch}"
+                f"{batch}{train.batch_size}"
             )
 
     def __len__(self) -> int:
-        """Iterations, that is updates, per epoch: floor(ceil(U / world) / batch / accumulate) where there are
-        unlabeled images.
-        """
+        """Updates per epoch: floor(ceil(U / world) / batch / accumulate) where there are unlabeled images."""
         whole, rest = divmod(len(self.labeled_sampler), self.accumulate)
         return whole + (not self.drop_last and rest > 0)
 
     def epoch(self, number: int, unlabeled: bool, done: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """Batches of one epoch, update by update.
-
-        Args:
-            unlabeled: False leaves the unlabeled images unread.
-            done: updates to leave out at the start; their images are not read.
+        """Batches of one epoch, update by update. Unlabeled images are read only if wanted, and none of the images of
+        the first ``done`` updates, which are left out.
         """
         batches = self._batches(number, unlabeled, done * self.accumulate)
         for _ in range(done, len(self)):
             yield list(itertools.islice(batches, self.accumulate))
 
     def _batches(self, number: int, unlabeled: bool, start: int) -> Iterator[dict[str, Any]]:
-        self.labeled_sampler.epoch, self.labeled_sampler.start = number, start
-        if not unlabeled:
-            for first in _clear_errors(self.labeled):
-                yield {"skipped": first.pop("skipped", []), "labeled": first}
-            return
-        self.unlabeled_sampler.epoch, self.unlabeled_sampler.start = number, start
-        for first, second in zip(_clear_errors(self.labeled), _clear_errors(self.unlabeled), strict=True):
-            skipped = first.pop("skipped", []) + second.pop("skipped", [])
-            yield {"skipped": skipped, "labeled": first, "unlabeled": second}
+        loaders = {"labeled": self.labeled} | ({"unlabeled": self.unlabeled} if unlabeled else {})
+        for loader in loaders.values():
+            loader.batch_sampler.epoch, loader.batch_sampler.start = number, start
+        for parts in zip(*map(_clear_errors, loaders.values()), strict=True):
+            skipped = [message for part in parts for message in part.pop("skipped", [])]
+            yield {"skipped": skipped} | dict(zip(loaders, parts))
 
 
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:
@@ -189,7 +171,7 @@ def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -
     workers = config.dataset.workers
     return DataLoader(
         dataset, config.dataset.val.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_prepare_worker,
-        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
 
 
@@ -214,7 +196,7 @@ def _pixels(source: Source, name: str) -> Tensor:
 
 
 def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, 3, H, W) uint8 and (B, H, W) int64: the loader's lists, stacked where sizes are equal."""
+    """(B, 3, H, W) and (B, H, W), both uint8: the loader's lists, stacked where sizes are equal."""
     for samples in _clear_errors(loader):
         by_size: dict[torch.Size, list] = {}
         for image, label in samples:

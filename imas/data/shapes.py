@@ -3,8 +3,6 @@
 Only the texture that fills an outline tells its class. Outline, place, overlap, ink, paper and light tell nothing,
 and a texture comes in many modes: period, tilt, duty cycle and warp vary, more than a few labeled images can show.
 Labeled, unlabeled and validation images are disjoint ranges of the index, all of one distribution.
-
-Letters: S the side of an image.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import numpy as np
 
 CLASS_NAMES = ("background", "upright stripes", "level stripes", "dots")
 
-_IGNORE = 255
 _PERIOD = (5.0, 10.0)  # pixels
 _TILT = np.deg2rad(25.0)  # either way
 _DUTY = (0.35, 0.65)  # share of the ink across one period
@@ -23,18 +20,10 @@ _PAPER, _INK, _TINT = (150.0, 225.0), (20.0, 95.0), 25.0
 
 
 def draw(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One image, a pure function of the arguments.
+    """One image of side ``size``, a pure function of the arguments: (size, size, 3) uint8 RGB, and (size, size) uint8
+    labels, which are indices into ``CLASS_NAMES``, and 255 within one pixel of an object's border.
 
     Every image holds one object of each texture, drawn in random order; a later one covers an earlier one.
-
-    Args:
-        seed: of the data set, at least 0.
-        index: of the image, at least 0.
-        size: side of the image, in pixels.
-
-    Returns:
-        (size, size, 3) uint8 RGB, and (size, size) uint8 labels: indices into ``CLASS_NAMES``, and 255 within one
-        pixel of an object's border.
     """
     rng = np.random.default_rng((seed, index))
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
@@ -53,7 +42,7 @@ def draw(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         labels[inside] = label
         border = (border & ~inside) | (np.abs(outside) < 1)
 
-    labels[border] = _IGNORE
+    labels[border] = 255
     image = image * (1 + 0.6 * rng.uniform(-1, 1) * _slope(x, y, rng))[..., None]
     image = image + rng.uniform(2, 8) * rng.standard_normal(image.shape, np.float32)
     return np.clip(image, 0, 255).astype(np.uint8), labels

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import time
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ..errors import UserError
 from ..schema import Shapes
 from . import shapes
 
-_SHAPES_VAL = 1_000_000  # validation images of the embedded set are numbered from here
+_ALPHA = {1, 2}  # kinds of extra bands of a TIFF (ExtraSamples)
+_ORIENTATION = ExifTags.Base.Orientation
 
 
 class Source(Protocol):
@@ -56,25 +61,85 @@ class FileSource:
         self.decode = decode or index_labels
 
     def image(self, name: str) -> Image.Image:
-        """The RGB image of a list line: see ``read_image``."""
-        return read_image(self.files(self.root, name)[0])
+        return read_image(self.paths(name)[0])
 
     def mask(self, name: str) -> Image.Image:
-        """The mask of a list line, mode L. DataError if it has values that are neither classes nor ignored."""
-        path = self.files(self.root, name)[1]
-        labels = self.decode(path, _opened(path))
+        """DataError for a JPEG, and for values that are neither classes nor ignored."""
+        path = self.paths(name)[1]
+        stored = _opened(path)
+        if stored.format == "JPEG":
+            raise DataError(f"{path}: a JPEG cannot be a mask, since it changes values; save masks as PNG")
+        labels = self.decode(path, stored)
         foreign = (labels >= self.num_classes) & (labels != self.ignore_index)
         if foreign.any():
+            values = np.unique(labels[foreign]).tolist()
+            left_out = f"; if {values[0]} means 'leave out', set dataset.ignore_label: {values[0]}"
             raise DataError(
-                f"{path}: {int(foreign.sum())} pixels have the values {_first(np.unique(labels[foreign]).tolist())}; "
-                f"expected classes 0..{self.num_classes - 1} or {self.ignore_index} (ignored)"
+                f"{path}: {int(foreign.sum())} pixels have the values {_first(values)}; expected classes "
+                f"0..{self.num_classes - 1} or {self.ignore_index} (ignored){left_out if len(values) == 1 else ''}"
             )
         return Image.fromarray(labels)
 
+    def paths(self, name: str) -> tuple[Path, Path]:
+        """Image and mask of a list line, as their names are on the disk (see ``existing``)."""
+        image, mask = self.files(self.root, name)
+        return existing(image) or image, existing(mask) or mask
+
     def missing(self, names: list[str], masks: bool) -> list[Path]:
-        """Files of these list lines that do not exist."""
         paths = [path for name in names for path in self.files(self.root, name)[: 2 if masks else 1]]
-        return [path for path in paths if not path.is_file()]
+        return [path for path in paths if existing(path) is None]
+
+
+class Listing(NamedTuple):
+    """What a folder holds, sorted."""
+
+    files: list[str]
+    folders: list[str]
+    names: dict[str, str]  # by themselves, and by ``plain`` of them
+
+
+def listing(folder: Path) -> Listing:
+    """The entries of a folder; links are followed. A folder that does not change is read once.
+
+    Raises:
+        DataError: it cannot be read. FileNotFoundError, NotADirectoryError: there is none.
+    """
+    try:
+        changed = os.stat(folder).st_mtime_ns
+        settled = abs(time.time_ns() - changed) > 1_000_000_000  # a change within one tick of the clock is not seen
+        return (_listed if settled else _listed.__wrapped__)(str(folder), changed)
+    except PermissionError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
+
+
+@functools.cache
+def _listed(folder: str, changed: int) -> Listing:
+    with os.scandir(folder) as entries:
+        kinds = dict(sorted((entry.name, entry.is_dir()) for entry in entries))
+    names = {plain(name): name for name in kinds} | {name: name for name in kinds}
+    return Listing([name for name in kinds if not kinds[name]], [name for name in kinds if kinds[name]], names)
+
+
+def plain(name: str) -> str:
+    """A name as names are compared: letters composed in one way (macOS has another), the suffix in small letters."""
+    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name))
+    return stem + suffix.lower()
+
+
+def existing(*paths: Path) -> Path | None:
+    """The first of some files or folders of one folder that exists, as its name is on the disk: as it is given, or one
+    that is ``plain`` the same. DataError for a folder that may not be read.
+    """
+    folder: Path | None = paths[0].parent
+    try:
+        names = listing(folder).names
+    except (FileNotFoundError, NotADirectoryError):
+        folder = None if folder == paths[0] else existing(folder)
+        if folder is None or not folder.is_dir():
+            return None
+        names = listing(folder).names
+    found = (names.get(path.name) or names.get(plain(path.name)) for path in paths)
+    return next((folder / name for name in found if name), None)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -84,16 +149,13 @@ def read_image(path: Path) -> Image.Image:
         DataError: no image, or one with values beyond 16 bits.
     """
     image = _opened(path)
-    if image.mode == "RGB":
-        return image
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+    if image.mode in ("F", "I", "I;16", "I;16B", "I;16L"):
         grey = np.asarray(image)
-        if grey.max(initial=0) > 65535 or grey.min(initial=0) < 0:
-            raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got values up to {grey.max()}")
-        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got floating-point values")
-    return image.convert("RGB")
+        if image.mode == "F" or grey.max(initial=0) > 65535 or grey.min(initial=0) < 0:
+            got = "floating-point values" if image.mode == "F" else f"values up to {grey.max()}"
+            raise DataError(f"{path}: expected an image of 8 or 16 bits a channel, got {got}")
+        image = Image.fromarray((grey // 257).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def index_labels(path: Path, image: Image.Image) -> np.ndarray:
@@ -101,10 +163,8 @@ def index_labels(path: Path, image: Image.Image) -> np.ndarray:
     mask saved with three equal channels counts as grey.
 
     Raises:
-        DataError: a colour picture, values above 255, or a JPEG, which changes values.
+        DataError: a colour picture, or values above 255.
     """
-    if image.format == "JPEG":
-        raise DataError(f"{path}: a JPEG cannot be a mask, since it changes values; save masks as PNG")
     if image.mode in ("L", "P", "1"):
         return np.asarray(image, dtype=np.uint8)
     values = np.asarray(image)
@@ -128,9 +188,12 @@ def binary_labels(path: Path, image: Image.Image) -> np.ndarray:
         DataError: other values.
     """
     labels = index_labels(path, image)
-    values = np.unique(labels)
-    if not {0, 1, 255}.issuperset(values.tolist()):
-        raise DataError(f"{path}: dataset.folder.binary expects masks of 0 and 255, got {_first(values.tolist())}")
+    values = np.unique(labels).tolist()
+    if {1, 255}.issubset(values) or not {0, 1, 255}.issuperset(values):
+        raise DataError(
+            f"{path}: dataset.folder.binary expects masks of 0 and 255, or of 0 and 1, got {_first(values)}. Where 255 "
+            "means 'leave out' beside the classes 0 and 1, set it to false"
+        )
     return (labels > 0).astype(np.uint8)
 
 
@@ -138,22 +201,16 @@ def labels_of_colours(palette: dict[tuple[int, int, int], int], path: Path, imag
     """A colour mask → (H, W) uint8 class numbers.
 
     Raises:
-        DataError: a colour that ``palette`` lacks, or a JPEG.
+        DataError: a colour that ``palette`` lacks.
     """
-    if image.format == "JPEG":
-        raise DataError(f"{path}: a JPEG cannot be a mask, since it changes colours; save masks as PNG")
-    red, green, blue = np.asarray(image.convert("RGB"), dtype=np.int32).transpose(2, 0, 1)
-    codes = red << 16 | green << 8 | blue
-    known = sorted((r << 16 | g << 8 | b, number) for (r, g, b), number in palette.items())
-    keys, numbers = (np.array(column) for column in zip(*known))
-    position = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
-    foreign = codes[keys[position] != codes]
+    colours, weights = sorted(palette), np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+    keys, codes = np.array(colours, dtype=np.int32) @ weights, np.asarray(image.convert("RGB")) @ weights
+    nearest = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
+    foreign = codes[keys[nearest] != codes]
     if foreign.size:
-        colours = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in np.unique(foreign)]
-        raise DataError(
-            f"{path}: {foreign.size} pixels have colours that dataset.folder.palette lacks: {_first(colours)}"
-        )
-    return numbers[position].astype(np.uint8)
+        seen = [(code >> 16, code >> 8 & 255, code & 255) for code in np.unique(foreign).tolist()]
+        raise DataError(f"{path}: {foreign.size} pixels have colours that dataset.folder.palette lacks: {_first(seen)}")
+    return np.array([palette[colour] for colour in colours], dtype=np.uint8)[nearest]
 
 
 class ShapesSource:
@@ -164,20 +221,20 @@ class ShapesSource:
         self._drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def image(self, name: str) -> Image.Image:
-        """The RGB image of a name."""
         return Image.fromarray(self._draw(name)[0])
 
     def mask(self, name: str) -> Image.Image:
-        """The mask of a name, mode L, with 255 at the borders of objects."""
         return Image.fromarray(self._draw(name)[1])
 
     def missing(self, names: list[str], masks: bool) -> list[Path]:
-        """No files are needed."""
         return []
 
     def _draw(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        number = name.removeprefix("shapes/")
+        if number == name or not number.isdigit():
+            raise DataError(f"{name!r} is not an image of the embedded set; expected shapes/NUMBER")
         if name not in self._drawn:
-            self._drawn[name] = shapes.draw(self.seed, _number(name), self.size)
+            self._drawn[name] = shapes.draw(self.seed, int(number), self.size)
         return self._drawn[name]
 
 
@@ -186,33 +243,46 @@ def shapes_names(first: int, count: int) -> list[str]:
     return [f"shapes/{number:05d}" for number in range(first, first + count)]
 
 
-def shapes_lists(options: Shapes, given: Mapping[str, list[str]], wanted: list[str]) -> dict[str, list[str]]:
-    """The lists ``wanted`` of the embedded set, which share no image; ``given`` ones change nothing."""
-    ranges = {
-        "labeled": (0, options.labeled),
-        "unlabeled": (options.labeled, options.unlabeled),
-        "val": (_SHAPES_VAL, options.val),
+def shapes_lists(
+    options: Shapes, given: Mapping[str, list[str]], wanted: list[str]
+) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]]]:
+    """The lists ``wanted`` of the embedded set, which share no image; ``given`` ones change nothing. And no remark."""
+    lists = {
+        "labeled": shapes_names(0, options.labeled),
+        "unlabeled": shapes_names(options.labeled, options.unlabeled),
+        "val": shapes_names(1_000_000, options.val),
     }
-    return {name: shapes_names(*ranges[name]) for name in wanted}
+    return {name: lists[name] for name in wanted}, {}
 
 
-def _number(name: str) -> int:
-    number = name.removeprefix("shapes/")
-    if number == name or not number.isdigit():
-        raise DataError(f"{name!r} is not an image of the embedded set; expected shapes/NUMBER")
-    return int(number)
+def upright_size(path: Path) -> tuple[int, int]:
+    """(width, height) that an image has when it is read, by its header alone. DataError if it cannot be opened."""
+    return _opened(path, lambda image: image.size[:: -1 if image.getexif().get(_ORIENTATION, 1) >= 5 else 1])
 
 
-def _opened(path: Path) -> Image.Image:
-    """An image as it is stored, turned upright by its EXIF orientation."""
+def _opened(path: Path, use: Callable[[Image.Image], Any] | None = None) -> Any:
+    """What ``use`` makes of an image, by default the image as it is stored, turned upright by its EXIF orientation."""
     try:
         with Image.open(path) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for broken files
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as an image ({error})"
+            return (use or _upright)(image)
+    except Exception as error:  # a broken file makes Pillow raise almost anything
+        reason = f"cannot be read as an image ({error or type(error).__name__})"
+        if isinstance(error, OSError) and error.errno is not None:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise DataError(f"{path}: {reason}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if set(tags.get(ExifTags.Base.ExtraSamples, ())) - _ALPHA:
+        count = tags.get(ExifTags.Base.SamplesPerPixel)
+        raise ValueError(f"some of its {count} bands are neither colour nor alpha; save those you mean as grey or RGB")
+    exif = image.getexif()
+    for tag in set(exif) - {_ORIENTATION}:  # Pillow writes all of them anew, and fails where one is broken
+        del exif[tag]
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _first(values: list, shown: int = 8) -> str:

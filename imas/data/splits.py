@@ -14,12 +14,11 @@ from urllib.error import HTTPError
 import yaml
 
 from ..errors import UserError
+from ..files import replacing
 from .catalog import DATASETS
 from .lists import read_list
 
 AUTHORS = "https://raw.githubusercontent.com/ZhenZHAO/iMAS/main/data/splits/"
-_TIMEOUT = 20  # seconds without an answer
-_LARGEST = 10_000_000  # bytes of a list
 
 
 class Published(NamedTuple):
@@ -45,16 +44,10 @@ def digest(names: Iterable[str]) -> str:
 def protocol_of(labeled: list[str], unlabeled: list[str], val: list[str]) -> str | None:
     """The published name of the lists of a run, such as "Pascal blended 662", whatever the order of their lines.
 
-    Args:
-        unlabeled: empty for a run that has none.
-
-    Returns:
-        None where any of the lists is another than that protocol's.
+    None where a list differs from that protocol's; ``unlabeled`` may be empty.
     """
-    name = _name_of(labeled)
-    if name is None or not name.endswith("/labeled.txt"):
-        return None
-    if _name_of(val) != f"{name.partition('/')[0]}/val.txt":
+    name = _name_of(labeled) or ""
+    if not name.endswith("/labeled.txt") or _name_of(val) != f"{name.partition('/')[0]}/val.txt":
         return None
     if unlabeled and _name_of(unlabeled) != name.replace("/labeled.", "/unlabeled."):
         return None
@@ -64,14 +57,13 @@ def protocol_of(labeled: list[str], unlabeled: list[str], val: list[str]) -> str
 def describe_lists(labeled: list[str], unlabeled: list[str], val: list[str]) -> str:
     """One line for a log: the protocol that these lists are, or what is known of each that is not empty."""
     given = {kind: names for kind, names in (("labeled", labeled), ("unlabeled", unlabeled), ("val", val)) if names}
-    protocol = protocol_of(labeled, unlabeled, val)
-    if protocol is not None:
+    if protocol := protocol_of(labeled, unlabeled, val):
         return f"lists: {protocol} as published ({', '.join(given)})"
     parts = []
     for kind, names in given.items():
         name = _name_of(names)
-        known = name and f"{_title(name)} as published"
-        parts.append(f"{kind}: {known or f'{len(names)} images, sha256 {digest(names)[:12]}...'}")
+        known = f"{_title(name)} as published" if name else f"{len(names)} images, sha256 {digest(names)[:12]}..."
+        parts.append(f"{kind}: {known}")
     return f"lists: not a published protocol ({'; '.join(parts)})"
 
 
@@ -83,21 +75,21 @@ def _name_of(names: list[str]) -> str | None:
 def _title(name: str) -> str:
     """``pascal/662/labeled.txt`` → "Pascal blended 662 labeled", ``pascal/val.txt`` → "Pascal val"."""
     dataset, *number, kind = name.removesuffix(".txt").split("/")
+    blended = [listed for listed in _lists_of(dataset) if MANIFEST[listed].rule.startswith("every")]
     words = [dataset.capitalize(), *number, kind]
-    blended = [listed for listed, entry in MANIFEST.items() if entry.rule.startswith("every")]
-    if number and any(listed.startswith(f"{dataset}/") for listed in blended):  # else there is one kind of split
+    if number and blended:  # else there is one kind of split
         words.insert(1, "blended" if f"{dataset}/{number[0]}/labeled.txt" in blended else "classic")
     return " ".join(words)
+
+
+def _lists_of(dataset: str) -> list[str]:
+    return [name for name in MANIFEST if name.startswith(f"{dataset}/")]
 
 
 class IncompleteError(UserError):
     """Some of the published lists could not be had."""
 
     status = 1
-
-
-class _UnreachableError(UserError):
-    """No answer from the authors' repository: the next list would have none either."""
 
 
 # From a name of the manifest to a list and where it comes from; UserError where it cannot be had in this way.
@@ -116,7 +108,6 @@ def make_published(
     """Complete OUT/DATASET with the published lists, each checked against its digest first; print a line for each.
 
     Args:
-        dataset: a data set of the manifest.
         root: the data set's folder, for the lists that follow from it.
         source: a folder that has lists: the authors' repository, its ``data/splits``, or anything laid out like it.
         download: get from the authors' repository what nothing else gives.
@@ -126,99 +117,83 @@ def make_published(
         UserError: a folder that does not exist.
         IncompleteError: lists that could not be had, or that differ and were left alone.
     """
-    for place in (root, source):
-        if place is not None:
-            need_folder(place)
     have: dict[str, list[str]] = {}
     ways: dict[str, Way] = {}
     remarks: list[str] = []
     if root is not None:
-        bases, remarks = _bases(dataset, root)
+        bases, remarks = _bases(dataset, need_folder(root))
         ways["--root"] = partial(_by_rule, bases, have)
     if source is not None:
-        ways["--from"] = partial(_copied, source)
+        ways["--from"] = partial(_copied, need_folder(source))
     if download:
-        ways["--download"] = _downloaded
-    names = [name for name in MANIFEST if name.startswith(f"{dataset}/")]
-    lacking = 0
+        ways["--download"] = partial(_downloaded, [])
+    names, lacking = _lists_of(dataset), 0
     for name in names:
         complete, remark = _complete(name, out / name, ways, have, force)
         lacking += not complete
         print(f"{name:<28} {MANIFEST[name].count:>6}  {remark}")
     if lacking:
-        raise IncompleteError(
-            "\n".join([f"{lacking} of {len(names)} lists of {dataset} are missing or differ", *remarks])
-        )
+        text = f"{lacking} of {len(names)} lists of {dataset} are missing or differ"
+        raise IncompleteError("\n".join([text, *remarks]))
 
 
 def _complete(name: str, path: Path, ways: dict[str, Way], have: dict[str, list[str]], force: bool) -> tuple[bool, str]:
-    """See that the published list stands in its file: whether it does, and a remark. ``have`` gets its lines."""
-    there: list[str] | None = None
-    if path.exists():
-        try:
-            there = read_list(path)
-        except UserError:
-            there = []
-        if _is_published(name, there):
-            have[name] = there
-            return True, "present"
+    """Write the published list if its file lacks it: whether the file has it now, and a remark. ``have`` gets it."""
+    try:
+        there = read_list(path) if path.exists() else None
+    except UserError:
+        there = []
+    if there is not None and digest(there) == MANIFEST[name].sha256:
+        have[name] = there
+        return True, "present"
     lines, remark = _obtained(name, ways)
-    if lines is not None:
-        have[name] = lines  # others may follow from it, even where the file stays as it is
-    if there is not None and not (force and lines is not None):
-        kept = f"left alone: {remark}" if force else "left alone, --force replaces it"
-        return False, f"differs from the published list: {len(there)} lines; {kept}"
+    differs = None if there is None else f"differs from the published list: {len(there)} lines; left alone"
     if lines is None:
-        return False, f"missing: {remark}"
+        return False, f"{differs or 'missing'}: {remark}"
+    have[name] = lines  # others may follow from it, even where the file stays as it is
+    if differs and not force:
+        return False, f"{differs}, --force replaces it"
     write_list(path, lines)
-    return True, remark if there is None else f"{remark}, in the place of a list that differed"
+    return True, f"{remark}, in the place of a list that differed" if differs else remark
 
 
 def _obtained(name: str, ways: dict[str, Way]) -> tuple[list[str] | None, str]:
     """The list and how it was had, or None and why not."""
     reasons = []
-    for flag, way in list(ways.items()):
+    for flag, way in ways.items():
         try:
             lines, origin = way(name)
         except UserError as error:
             reasons.append(str(error))
-            if isinstance(error, _UnreachableError):
-                del ways[flag]
             continue
-        if _is_published(name, lines):
+        if digest(lines) == MANIFEST[name].sha256:
             return lines, f"{_DONE[flag]}: {origin}"
         reasons.append(f"{origin}: refused, another list than the published one, of {len(lines)} lines")
     by_rule = [] if MANIFEST[name].rule == "published" else ["--root FOLDER"]
-    offers = [*by_rule, "--from FOLDER", "--download"]
-    untried = [offer for offer in offers if offer.split()[0] not in ways]
+    untried = [way for way in [*by_rule, "--from FOLDER", "--download"] if way.split()[0] not in ways]
     return None, "; ".join([*reasons, *([f"get it with {' or '.join(untried)}"] if untried else [])])
-
-
-def _is_published(name: str, lines: list[str]) -> bool:
-    return digest(lines) == MANIFEST[name].sha256
 
 
 def _by_rule(bases: dict[str, list[str]], have: dict[str, list[str]], name: str) -> tuple[list[str], str]:
     rule, _, step = MANIFEST[name].rule.partition(" ")
     if rule == "published":
         raise UserError("drawn at random by others, no rule gives it")
-    base = "pool" if rule in ("every", "complement") else rule
-    if base not in bases:
+    base = bases.get("pool" if rule in ("every", "complement") else rule)
+    if not base:
         raise UserError("the data set's folder does not give it, see below")
     if rule == "every":
-        return sorted(bases[base])[:: int(step)], f"1 in {step} of the sorted training set"
-    if rule == "complement":
-        labeled = have.get(name.replace("/unlabeled.", "/labeled."))
-        if labeled is None:
-            raise UserError("the rest of the training set, as soon as its labeled list is there")
-        return sorted(set(bases[base]) - set(labeled)), "the rest of the training set"
-    return bases[base], f"the data set's own {rule} list"
+        return base[:: int(step)], f"1 in {step} of the sorted training set"
+    if rule != "complement":
+        return base, f"the data set's own {rule} list"
+    labeled = have.get(name.replace("/unlabeled.", "/labeled."))
+    if labeled is None:
+        raise UserError("the rest of the training set, as soon as its labeled list is there")
+    return sorted(set(base) - set(labeled)), "the rest of the training set"
 
 
 def _bases(dataset: str, root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """The lists that a data set's folder gives: "train", "val" and "pool", all training images; and why it lacks one.
-
-    A list line is a file's path below the root if that is where the data set has its image; else the file's stem.
+    """The lists that a data set's folder gives: "train", "val" and "pool", all training images, sorted; and why it
+    lacks one. A list line is a file's path below the root if that is where the data set has its image; else its stem.
     """
     catalog, found, remarks = DATASETS[dataset], {}, []
     for base, pattern in catalog.folder_lists.items():
@@ -230,65 +205,62 @@ def _bases(dataset: str, root: Path) -> tuple[dict[str, list[str]], list[str]]:
             continue
         paths = [path for path in root.glob(pattern) if not path.name.startswith(".")]
         names = {path: path.relative_to(root).as_posix() for path in paths}
-        lines = [name if catalog.files(root, name)[0] == path else path.stem for path, name in names.items()]
-        found |= {base: sorted(lines)} if lines else {}
-    every, size = found.pop("pool", []), _pool_size(dataset)
-    pool = sorted(set(every).difference(found.get("val", ())))
-    if len(pool) == size:
-        found["pool"] = pool
-    else:
-        both, place = size + MANIFEST[f"{dataset}/val.txt"].count, root / catalog.folder_lists["pool"]
-        remarks.append(
-            f"{place}: expected {size:,} training images ({both:,} with those of val), found {len(pool):,} "
-            f"({len(every):,} in all)"
+        found[base] = sorted(
+            name if catalog.files(root, name)[0] == path else path.stem for path, name in names.items()
         )
+    every = found.pop("pool")
+    pool = sorted(set(every).difference(found.get("val", ())))
+    labeled = next(name for name in _lists_of(dataset) if name.endswith("/labeled.txt"))  # of any one protocol
+    size = MANIFEST[labeled].count + MANIFEST[labeled.replace("/labeled.", "/unlabeled.")].count
+    if len(pool) == size:
+        return found | {"pool": pool}, remarks
+    both = size + MANIFEST[f"{dataset}/val.txt"].count
+    remarks.append(
+        f"{root / catalog.folder_lists['pool']}: expected {size:,} training images ({both:,} with those of val), "
+        f"found {len(pool):,} ({len(every):,} in all)"
+    )
     return found, remarks
-
-
-def _pool_size(dataset: str) -> int:
-    """Images of the training set: those of any one protocol."""
-    labeled = next(name for name in MANIFEST if name.startswith(dataset) and name.endswith("/labeled.txt"))
-    return MANIFEST[labeled].count + MANIFEST[labeled.replace("/labeled.", "/unlabeled.")].count
 
 
 def _copied(source: Path, name: str) -> tuple[list[str], str]:
     tails = (name, name.partition("/")[2])
     places = [source / parent / tail for tail in tails for parent in ("", "data/splits", "splits")]
-    files = [place for place in places if place.is_file()]
-    if not files:
+    lists = {str(place): read_list(place) for place in places if place.is_file()}
+    if not lists:
         raise UserError(f"not in {source}")
-    for file in files:
-        lines = read_list(file)
-        if _is_published(name, lines):
-            break
-    return lines, str(file)
+    origin = next((file for file, lines in lists.items() if digest(lines) == MANIFEST[name].sha256), [*lists][-1])
+    return lists[origin], origin
 
 
-def _downloaded(name: str) -> tuple[list[str], str]:
+def _downloaded(silent: list[str], name: str) -> tuple[list[str], str]:
+    """``silent`` keeps the URL that had no answer, after which no other is tried."""
+    if silent:
+        raise UserError(f"no answer, as for {silent[0]}")
     url = AUTHORS + name
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as reply:
-            return reply.read(_LARGEST).decode().split(), url
+        with urllib.request.urlopen(url, timeout=20) as reply:
+            return reply.read(10_000_000).decode().split(), url
     except HTTPError as error:
         raise UserError(f"{url}: {error.code} {error.reason}") from None
     except (OSError, HTTPException) as error:
-        raise _UnreachableError(f"{url}: {getattr(error, 'reason', error)}") from None
+        silent.append(url)
+        raise UserError(f"{url}: {getattr(error, 'reason', error)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{url}: not a text file") from None
 
 
 def write_list(path: Path, lines: Iterable[str]) -> None:
     """A list file, written whole or not at all."""
-    temporary = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def need_folder(path: Path) -> None:
-    """Raise ``UserError`` where there is no such folder."""
+def need_folder(path: Path) -> Path:
+    """The folder itself; ``UserError`` where there is no such folder."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder (looked in {Path.cwd()})")
+    return path

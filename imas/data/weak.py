@@ -41,9 +41,8 @@ def weak_view(
 ) -> tuple[Image.Image, Image.Image | None, tuple[int, int]]:
     """Random resize, flip with probability 0.5, crop; image and mask alike. Without a mask the same draws are made.
 
-    The third value is the (height, width) at top left that is no padding.
-
-    Only what the crop needs is resized: up to two grey levels of rounding apart from the crop of a whole resized image.
+    The third value is the (height, width) at top left that is no padding. Only what the crop needs is resized: up to
+    two grey levels of rounding apart from the crop of a whole resized image.
 
     Args:
         image, mask: RGB and L of one size.
@@ -67,7 +66,8 @@ def weak_view(
 
     def view(whole: Image.Image, resample: Image.Resampling, fill: int | tuple[int, int, int]) -> Image.Image:
         part = _resized_part(whole, size, (left, top, right, bottom), resample)
-        return _padded(ImageOps.mirror(part) if mirrored else part, (width, height), fill)
+        part = ImageOps.mirror(part) if mirrored else part
+        return ImageOps.expand(part, (0, 0, width - part.width, height - part.height), fill)
 
     view_of_mask = mask and view(mask, Image.Resampling.NEAREST, ignore_index)
     return view(image, Image.Resampling.BILINEAR, PAD_COLOUR), view_of_mask, (bottom - top, right - left)
@@ -83,11 +83,3 @@ def _resized_part(
     across, down = image.width / size[0], image.height / size[1]
     source = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
     return image.resize((right - left, bottom - top), resample, source)
-
-
-def _padded(image: Image.Image, size: tuple[int, int], fill: int | tuple[int, int, int]) -> Image.Image:
-    if image.size == size:
-        return image
-    canvas = Image.new(image.mode, size, fill)
-    canvas.paste(image, (0, 0))
-    return canvas

@@ -26,9 +26,12 @@ _OTHER_STATES = ("optimizer_state", "scaler_state", "method_state")  # of no net
 _SHOWN = 6
 
 
-def save(state: dict[str, Any], path: Path) -> None:
+def save(state: dict[str, Any], path: Path, twin: Path | None = None) -> None:
     """Write to a temporary file beside ``path``, flush to the disk, rename: a reader sees the old file or the new. The
     last checkpoint before this one stays as ``ckpt_prev.pth``.
+
+    Args:
+        twin: a file to which the same state has just been saved. It gets a second name where the file system can.
 
     Raises:
         UserError: a full disk, a folder that cannot be written to. What stood there before stays.
@@ -36,10 +39,11 @@ def save(state: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        if twin is None or not _linked(twin, temporary):
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
         if path.name == LAST and path.is_file():
             os.replace(path, path.with_name(PREVIOUS))
         os.replace(temporary, path)
@@ -48,6 +52,16 @@ def save(state: dict[str, Any], path: Path) -> None:
             temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}). The last good checkpoint stays as it was") from None
+
+
+def _linked(path: Path, name: Path) -> bool:
+    """Whether the file could get the other name, too. Nothing ever writes into a checkpoint that has its name."""
+    try:
+        name.unlink(missing_ok=True)
+        os.link(path, name)
+    except OSError:
+        return False
+    return True
 
 
 def need_space(folder: Path, networks: dict[str, nn.Module], averages: int, extra: int = 0) -> None:
@@ -189,6 +203,8 @@ class Resumed(NamedTuple):
     partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
     scaler: dict[str, Any] | None = None  # of fp16
     rates: dict[str, float] | None = None  # what the method's last update gave for the log
+    config: dict[str, Any] | None = None  # the recipe
+    run: dict[str, Any] | None = None  # what ``provenance.describe`` gave
 
 
 def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: int) -> Resumed:
@@ -219,7 +235,8 @@ def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: i
     log.info("resumed after epoch %d%s from %s", state["epoch"] - 1, f" and {step} updates" if step else "", path)
     length = state.get("iterations_per_epoch")
     partial, scaler = state.get("partial"), state.get("scaler_state")
-    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, state.get("rates"))
+    rates, config, run = (state.get(key) for key in ("rates", "config", "run"))
+    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, rates, config, run)
 
 
 def _read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from ..data.catalog import catalog_of
 from ..data.lists import Lists
 from ..data.loaders import evaluation_batches, evaluation_loader
 from ..data.normalise import Normalise
+from ..files import replacing
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from .interrupt import Interrupted
@@ -38,12 +42,12 @@ def predict_sliding(model: nn.Module, images: Tensor, crop: int) -> Tensor:
 @contextmanager
 def evaluating(networks: dict[str, nn.Module]) -> Iterator[None]:
     """Networks in eval mode, and back in the mode that they were in."""
-    modes = {name: network.training for name, network in networks.items()}
-    for network in networks.values():
+    modes = [(network, network.training) for network in networks.values()]
+    for network, _ in modes:
         network.eval()
     yield
-    for name, network in networks.items():
-        network.train(modes[name])
+    for network, mode in modes:
+        network.train(mode)
 
 
 @torch.no_grad()
@@ -68,18 +72,18 @@ def evaluate(
     Raises:
         Interrupted: on all ranks, where any was to stop.
     """
-    device, stopped = predictor.device, False
-    matrices = {name: ConfusionMatrix(num_classes, ignore_index, device) for name in networks}
+    stopped = False
+    matrices = {name: ConfusionMatrix(num_classes, ignore_index, predictor.device) for name in networks}
     with evaluating(networks):
         for images, labels in evaluation_batches(loader):
-            images = normalise(images.to(device))
+            images = normalise(images.to(predictor.device, non_blocking=True))
             for name, network in networks.items():
                 predicted = predictor(network, images)
-                matrices[name].update(predicted, labels.to(predicted.device))
+                matrices[name].update(predicted, labels.to(predicted.device, non_blocking=True))
             if stop is not None and stop():
                 stopped = True
                 break
-    if stop is not None and distributed.any_rank(stopped, device):
+    if stop is not None and distributed.any_rank(stopped, predictor.device):
         raise Interrupted("in an evaluation")
     for matrix in matrices.values():
         distributed.sum_over_ranks(matrix.counts)
@@ -87,12 +91,7 @@ def evaluate(
 
 
 class Evaluation:
-    """``evaluate`` with everything that follows from a configuration: ``Evaluation(...)({"teacher": network})``.
-
-    Args:
-        protocol: default: the windows of the configuration.
-        accumulate: see ``Predictor``.
-    """
+    """``evaluate`` with all that follows from a configuration, whose windows are the default protocol."""
 
     def __init__(
         self,
@@ -112,15 +111,8 @@ class Evaluation:
     def __call__(
         self, networks: dict[str, nn.Module], stop: Callable[[], bool] | None = None
     ) -> dict[str, ConfusionMatrix]:
-        return evaluate(
-            networks,
-            self.loader,
-            self.normalise,
-            self.predictor,
-            num_classes=self.config.net.num_classes,
-            ignore_index=self.config.dataset.ignore_label,
-            stop=stop,
-        )
+        labels = {"num_classes": self.config.net.num_classes, "ignore_index": self.config.dataset.ignore_label}
+        return evaluate(networks, self.loader, self.normalise, self.predictor, **labels, stop=stop)
 
 
 def figures(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -141,24 +133,38 @@ def figures(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> dict[str, 
     }
 
 
-def format_table(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> str:
-    """IoU, accuracy and share of pixels of each class in percent, and their means, as aligned text. The mean weighted
-    by frequency is the fwIoU and the pixel accuracy.
+def _rows(figures: dict[str, Any]) -> list[list]:
+    """Name, IoU, accuracy and share of pixels of each class, then the means of the first two. The mean weighted by
+    frequency is the fwIoU and the pixel accuracy.
     """
-    head = ["class", "IoU", "acc.", "pixels"]
-    columns = [class_names, matrix.iou, matrix.accuracy, matrix.frequency]
-    means = [
-        ["mean", matrix.miou, matrix.mean_accuracy, ""],
-        ["by frequency", matrix.fwiou, matrix.pixel_accuracy, ""],
-    ]
-    rows = [head, *zip(*(column.tolist() if isinstance(column, Tensor) else column for column in columns)), *means]
+    rows = [[name, *(figures[column][name] for column in ("iou", "accuracy", "pixels"))] for name in figures["iou"]]
+    rows.append(["mean", figures["miou"], figures["mean_accuracy"], ""])
+    return [*rows, ["by frequency", figures["fwiou"], figures["pixel_accuracy"], ""]]
+
+
+def format_table(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> str:
+    """IoU, accuracy and share of pixels of each class in percent, and their means, as aligned text."""
+
+    def text(value: float | str | None) -> str:
+        return value if isinstance(value, str) else "n/a" if value is None else f"{value:.2f}"
+
+    rows = [["class", "IoU", "acc.", "pixels"], *_rows(figures(matrix, class_names))]
     width = max(len(row[0]) for row in rows)
-    return "\n".join(
-        f"{row[0]:{width}}" + "".join(f"  {_percent(cell):>6}" for cell in row[1:]).rstrip() for row in rows
-    )
+    return "\n".join(f"{row[0]:{width}}" + "".join(f"  {text(cell):>6}" for cell in row[1:]).rstrip() for row in rows)
 
 
-def _percent(value: float | str) -> str:
-    if isinstance(value, str):
-        return value
-    return "n/a" if value != value else f"{100 * value:.2f}"
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write the protocol and the figures of an evaluation."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, protocol: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Write a row for each class and each mean, in percent, unrounded; what does not exist stays empty.
+
+    Every row repeats the protocol, so that several files can be joined. ``figures``: of the function ``figures``.
+    """
+    protocol = protocol | {"scales": " ".join(map(str, protocol["scales"]))}
+    head = [*protocol, "class", "iou", "accuracy", "pixels"]
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *([*protocol.values(), *row] for row in _rows(figures))])

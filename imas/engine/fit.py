@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection
+import math
+import resource
+from collections import Counter
+from collections.abc import Collection, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -18,10 +23,10 @@ from ..data.catalog import catalog_of
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
-from ..data.source import DataError
 from ..data.splits import describe_lists
 from ..legacy import COLUMNS
 from ..methods.base import Method
+from ..models.sync_bn import synchronise
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from . import checkpoint, precision, provenance
@@ -29,7 +34,7 @@ from .evaluate import Evaluation
 from .health import Health
 from .interrupt import Interrupted, Interruption
 from .log import RunLog
-from .meter import Clock, Meter, peak_memory
+from .meter import Clock, Meter, NonFiniteLoss
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
 from .run import Run, resume, save, to_device
 from .show import report, show_progress, write_scores
@@ -48,6 +53,7 @@ def fit(
     device: torch.device,
     interruption: Interruption,
     resumed_from: Path | None = None,
+    by_hand: bool = False,
     momentum: tuple[Path, str] | None = None,
     keep: Collection[int] = (),
 ) -> None:
@@ -55,9 +61,9 @@ def fit(
 
     Args:
         method: on ``device``, with the weights to start with.
-        seed: with the configuration and the number of processes it determines the run.
         interruption: whether to stop.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
+        by_hand: that file was named, so that a run goes on from it with another recipe, too.
         momentum: a checkpoint of another method and the network whose momentum is taken from there.
         keep: numbers of epochs, from 1, after which the trained networks are saved to stay (``checkpoint.kept``).
 
@@ -78,16 +84,18 @@ def fit(
     scaler = precision.make_scaler(config.trainer, device)
     run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description, interruption)
     with contextlib.ExitStack() as stack:
-        _run_all(run, resumed_from, keep, stack)
+        if resumed_from is not None:
+            resume(run, resumed_from, by_hand)
+        source = "none" if resumed_from is None else resumed_from.name
+        distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
+        _run_all(run, keep, stack)
 
 
-def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: contextlib.ExitStack) -> None:
+def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> None:
     """Every epoch, and its end; ``stack`` closes what is opened, however the run ends."""
-    config, method, data, world = run.config, run.method, run.data, distributed.world_size()
-    if resumed_from is not None:
-        resume(run, resumed_from)
-    source = "none" if resumed_from is None else resumed_from.name
-    distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
+    config, method, data = run.config, run.method, run.data
+    if config.net.sync_bn:
+        synchronise(method)
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
     run_log = stack.enter_context(
         contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch, map(column, method.scored())))
@@ -99,26 +107,20 @@ def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: 
     epochs, done = config.trainer.epochs, run.epoch * len(data) + run.step
     bar = tqdm(
         total=epochs * len(data), initial=done, unit="it", leave=False, dynamic_ncols=True, mininterval=1.0,
-        disable=not distributed.is_main(),
+        disable=None if distributed.is_main() else True,
     )  # fmt: skip
     stack.enter_context(bar)
     matrices: dict[str, ConfusionMatrix] = {}
     for epoch in range(run.epoch, epochs):
         evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
-        try:
-            with precision.tuned_kernels():
-                row = _train_epoch(run, wrapped, run_log, bar, epoch)
-            if evaluates:  # a run that is stopped here has done all updates of the epoch, and not yet its end
+        with _saved(run):
+            updates = data.epoch(epoch, method.needs_unlabeled(epoch), run.step)
+            with precision.tuned_kernels(), contextlib.closing(updates):  # its workers end, however the epoch ends
+                row = _train_epoch(run, wrapped, run_log, bar, epoch, updates)
+            if evaluates:  # a run that ends here has done all updates of the epoch, and not yet its end
                 bar.clear()
                 distributed.same_buffers(method)
                 matrices = evaluation(method.scored(), partial(run.interruption.asked, (epoch + 1) * len(data)))
-        except DataError:
-            if world == 1:  # elsewhere the other ranks wait in the middle of an update
-                save(run, False)
-            raise
-        except Interrupted as stop:
-            save(run, False)
-            raise stop.with_traceback(None) from None  # which lets go of the loader, and its workers end
         run.begin_epoch(epoch + 1)
         if evaluates:
             results, improved = _note_results(run, matrices, epoch)
@@ -144,6 +146,26 @@ def _run_all(run: Run, resumed_from: Path | None, keep: Collection[int], stack: 
         report(run, matrices, evaluation, run_log)
 
 
+@contextlib.contextmanager
+def _saved(run: Run) -> Iterator[None]:
+    """Whatever ends a run leaves a checkpoint, if that can be: not with several processes, of which the others wait in
+    the middle of an update, nor within one, nor of networks that have become NaN.
+    """
+    try:
+        yield
+    except NonFiniteLoss:
+        raise
+    except Exception as error:
+        if isinstance(error, Interrupted):
+            save(run, False)
+        elif distributed.world_size() == 1 and run.whole:
+            try:
+                save(run, False)
+            except Exception as other:
+                log.warning("no checkpoint could be written: %s", other)
+        raise
+
+
 def _announce(run: Run, run_log: RunLog) -> None:
     """What is trained, on what, and what differs from the recipe's batch."""
     config, lists, world = run.config, run.lists, distributed.world_size()
@@ -155,30 +177,29 @@ def _announce(run: Run, run_log: RunLog) -> None:
         else:  # it may be on other processes than before
             log.warning("%s", remark)
     log.info(describe_lists(lists.labeled, lists.unlabeled, lists.val))
-    log.info(
-        "%d labeled, %d unlabeled, %d validation images; %d epochs of %d iterations, batch %d on %d process(es), %s",
-        len(lists.labeled), len(lists.unlabeled), len(lists.val), config.trainer.epochs, len(run.data),
-        config.dataset.train.batch_size, world, run.device,
-    )  # fmt: skip
+    log.info("%s, %s", provenance.in_numbers(config, lists, len(run.data), world), run.device)
 
 
-def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:
+def _train_epoch(
+    run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int, data: Iterator
+) -> dict[str, float]:
     """One epoch of ``wrapped``, the method as the processes share it; gives its row of ``training.csv``."""
     config, method, length = run.config, run.method, len(run.data)
     normalise = Normalise(config.dataset.mean, config.dataset.std, run.device)
     log_every = max(10, length // _LOGS_PER_EPOCH)
-    replaced: dict[str, int] = {}
+    replaced: Counter[str] = Counter()
     method.train()
     clock, pace = Clock(), distributed.Pace(run.device)
-    updates = clock.waits(run.data.epoch(epoch, method.needs_unlabeled(epoch), run.step))
-    for step, batches in enumerate(updates, run.step):
+    for step, batches in enumerate(clock.waits(data), run.step):
         iteration = epoch * length + step
         run.stop_if_asked(iteration)
-        for batch in batches:
-            _count(batch["skipped"], replaced)
+        for problem in filter(None, chain(*(batch["skipped"] for batch in batches))):
+            if problem not in replaced:
+                log.warning("replaced by another sample: %s", problem)
+            replaced[problem] += 1
         run.meter.add(_update(run, wrapped, normalise, batches, iteration))
         pace()
-        run.step = step + 1
+        run.step, run.whole = step + 1, True
         bar.update()
         logs = (iteration + 1) % log_every == 0
         if logs or step + 1 == length:
@@ -217,16 +238,21 @@ def _update(
         outputs.append(step.scalars)
         if step.score is not None:
             run.scores.append((unlabeled.index, step.score))
+    run.whole = False
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.rates = run.method.after_step(progress)
-    return _means(outputs)
+    return {name: sum(scalars[name] for scalars in outputs) / len(outputs) for name in outputs[0]}
 
 
 def _surroundings(run: Run, clock: Clock) -> dict[str, float]:
     """The log's numbers beside the method's scalars. A run that was interrupted knows only its last stretch's time."""
     lrs = {f"lr_{group['part']}": group["lr"] for group in run.optimizer.param_groups}
-    return run.rates | lrs | clock.means() | {"memory_mib": peak_memory(run.device)}
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.device) // 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # of the process
+    return run.rates | lrs | clock.means() | {"memory_mib": peak}
 
 
 def column(name: str) -> str:
@@ -238,8 +264,8 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     """The columns of an evaluation, and whether it is the best so far; the run keeps the best."""
     results = {name: 100 * matrix.miou for name, matrix in matrices.items()}
     selecting = next(iter(results))
-    before = run.best or dict.fromkeys(results, -1.0)
-    run.best = {name: max(before[name], results[name]) for name in results}
+    before = run.best or {}
+    run.best = {name: float(np.fmax(before.get(name, math.nan), value)) for name, value in results.items()}
     figures = (f"{name} mIoU {value:.2f} (best {run.best[name]:.2f})" for name, value in results.items())
     log.info("epoch %d: %s", epoch, ", ".join(figures))
     columns = {column(name): value for name, value in results.items()}
@@ -248,28 +274,14 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     columns["best"] = run.best[selecting]
     others = [name for name in results if name != selecting] or [selecting]
     columns |= {column(name).replace("miou_", "best-"): run.best[name] for name in others}
-    return columns, results[selecting] > before[selecting]
+    return columns, run.best[selecting] > float(np.fmax(before.get(selecting, -1.0), -1.0))
 
 
-def _means(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    if len(scalars) == 1:
-        return scalars[0]
-    return {name: torch.stack([each[name] for each in scalars]).mean(0) for name in scalars[0]}
-
-
-def _report_replaced(replaced: list[dict[str, int]], epoch: int) -> None:
+def _report_replaced(replaced: list[Counter[str]], epoch: int) -> None:
     """Of all ranks; each has named its own, but the log is rank 0's."""
     for problem in dict.fromkeys(problem for each in replaced[1:] for problem in each):
         if problem not in replaced[0]:
             log.warning("replaced by another sample: %s", problem)
     if any(replaced):
-        count = sum(sum(each.values()) for each in replaced)
+        count = sum(each.total() for each in replaced)
         log.warning("epoch %d: %d broken images were replaced by others (dataset.on_error)", epoch, count)
-
-
-def _count(skipped: list[str], replaced: dict[str, int]) -> None:
-    """Note broken images; each is named once."""
-    for problem in filter(None, skipped):
-        if problem not in replaced:
-            log.warning("replaced by another sample: %s", problem)
-        replaced[problem] = replaced.get(problem, 0) + 1

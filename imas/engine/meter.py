@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,6 +29,10 @@ class Meter:
 
     def __init__(self, class_names: Sequence[str] = ()) -> None:
         self.class_names = class_names
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin an epoch."""
         self.waiting: list[dict[str, Tensor]] = []
         self.read: list[dict[str, float]] = []
 
@@ -42,21 +45,23 @@ class Meter:
         Raises:
             NonFiniteLoss: at the first step of the window with a scalar that is not finite.
         """
-        names = self._names(self.waiting[0])
+        names = []
+        for name, value in self.waiting[0].items():
+            names += [f"{name}/{each}" for each in self.class_names] if value.dim() else [name]
         mine = torch.stack([torch.cat([value.float().view(-1) for value in step.values()]) for step in self.waiting])
-        first = iteration + 1 - len(mine)
         # Summed first: what is not finite on one rank stops all, at the same iteration.
         values = distributed.sum_over_ranks(mine.clone()) / distributed.world_size()
-        for offset, step in enumerate(values.tolist()):
+        for number, step in enumerate(values.tolist()):
             bad = [f"{name} = {value}" for name, value in zip(names, step) if not math.isfinite(value)]
             if bad:
                 every = ", ".join(f"{name} = {value:.5g}" for name, value in zip(names, step) if "/" not in name)
-                finite = distributed.gather(bool(mine[offset].isfinite().all()))
-                ranks = ", ".join(str(number) for number, fine in enumerate(finite) if not fine)
+                finite = distributed.gather(bool(mine[number].isfinite().all()))
+                ranks = ", ".join(str(rank) for rank, fine in enumerate(finite) if not fine)
                 where = f" on rank {ranks}" if len(finite) > 1 else ""
+                at = iteration + 1 - len(mine) + number
                 raise NonFiniteLoss(
-                    f"iteration {first + offset}: {' and '.join(bad)}{where} (all: {every}). The last checkpoint is "
-                    "from before; a lower trainer.optimizer.kwargs.lr, or a look at the data, may help."
+                    f"iteration {at}: {' and '.join(bad)}{where} (all: {every}). The last checkpoint is from "
+                    "before; a lower trainer.optimizer.kwargs.lr, or a look at the data, may help."
                 )
         self.read += [dict(zip(names, step)) for step in values.tolist()]
         self.waiting.clear()
@@ -65,16 +70,6 @@ class Meter:
     def means(self) -> dict[str, float]:
         """Means over the epoch."""
         return {name: sum(step[name] for step in self.read) / len(self.read) for name in self.read[0]}
-
-    def clear(self) -> None:
-        """Begin an epoch."""
-        self.waiting, self.read = [], []
-
-    def _names(self, scalars: dict[str, Tensor]) -> list[str]:
-        names = []
-        for name, value in scalars.items():
-            names += [f"{name}/{each}" for each in self.class_names] if value.dim() else [name]
-        return names
 
 
 class Clock:
@@ -87,12 +82,10 @@ class Clock:
         """``batches``, with the waiting for each of them counted."""
         while True:
             asked = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
                 return
-            finally:
-                self.waited += time.perf_counter() - asked
             self.iterations += 1
             yield batch
 
@@ -102,10 +95,3 @@ class Clock:
             return {}
         seconds = time.perf_counter() - self.began
         return {"seconds": seconds / self.iterations, "seconds_waiting": self.waited / self.iterations}
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory used so far, in MiB: on the device, or on a CPU by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10

@@ -26,21 +26,19 @@ def cosine_lr(base_lr: float, iteration: int, total_iterations: int, target_lr: 
     return target_lr + (base_lr - target_lr) * (1 + math.cos(math.pi * iteration / total_iterations)) / 2
 
 
-def milestone_lr(base_lr: float, epoch: int, milestones: tuple[int, ...]) -> float:
-    """base·0.1^m with m the milestones (epochs, from 0) that have come."""
-    return base_lr * 0.1 ** sum(milestone <= epoch for milestone in milestones)
-
-
 def learning_rate(
     scheduler: Scheduler, base_lr: float, iteration: int, total_iterations: int, iterations_per_epoch: int
 ) -> float:
-    """The rate in iteration i of a parameter group that starts at ``base_lr``."""
+    """The rate in iteration i of a parameter group that starts at ``base_lr``; by milestones base·0.1^m with m of
+    them (epochs, from 0) passed.
+    """
     kwargs = scheduler.kwargs
     if scheduler.mode == "poly":
         return poly_lr(base_lr, iteration, total_iterations, kwargs.power)
     if scheduler.mode == "cosine":
         return cosine_lr(base_lr, iteration, total_iterations, kwargs.targetlr)
-    return milestone_lr(base_lr, iteration // iterations_per_epoch, kwargs.milestones)
+    epoch = iteration // iterations_per_epoch
+    return base_lr * 0.1 ** sum(milestone <= epoch for milestone in kwargs.milestones)
 
 
 def total_batch(config: Config, world: int) -> int:
@@ -65,16 +63,14 @@ def explain_batch(config: Config, world: int) -> list[str]:
     if trainer.scale_lr:
         lines.append(f"learning rates times {lr_factor(config, world):g} (trainer.scale_lr)")
     if reference is not None and total != reference:
-        remedies = []
+        made_of = f"{world} process(es) × {batch} × accumulate {trainer.accumulate}"
+        line = f"total batch {total} ({made_of}), but this recipe is for {reference}. Results will differ."
         times, rest = divmod(reference, world * batch)
         if times > 1 and rest == 0:
-            remedies.append(f"trainer.accumulate={times} makes up for it, except in BatchNorm and the scores")
+            line += f" trainer.accumulate={times} makes up for it, except in BatchNorm and the scores."
         if not trainer.scale_lr:
-            remedies.append(f"trainer.scale_lr=true multiplies the learning rates by {total / reference:g}")
-        lines.append(
-            f"total batch {total} ({world} process(es) × {batch} × accumulate {trainer.accumulate}), but this recipe "
-            f"is for {reference}. Results will differ. {'; '.join(remedies)}".rstrip()
-        )
+            line += f" trainer.scale_lr=true multiplies the learning rates by {total / reference:g}."
+        lines.append(line)
     return lines
 
 
@@ -93,16 +89,14 @@ def param_groups(networks: Mapping[str, DeepLabV3Plus], decay: str = "all") -> l
     """
     groups = []
     for name, network in networks.items():
-        encoder = list(network.encoder.parameters())
-        known = {id(parameter) for parameter in encoder}
-        heads = [parameter for parameter in network.parameters() if id(parameter) not in known]
-        prefix = f"{name}." if len(networks) > 1 else ""
-        for part, parameters in (("encoder", encoder), ("heads", heads)):
-            decayed = [parameter for parameter in parameters if decay == "all" or parameter.ndim == 4]
-            groups.append({"name": prefix + part, "part": part, "params": decayed})
+        heads = [weight for key, weight in network.named_parameters() if not key.startswith("encoder.")]
+        for part, weights in (("encoder", [*network.encoder.parameters()]), ("heads", heads)):
+            title = f"{name}.{part}" if len(networks) > 1 else part
+            decayed = [weight for weight in weights if decay == "all" or weight.ndim == 4]
+            groups.append({"name": title, "part": part, "params": decayed})
             if decay == "convolutions":
-                rest = [parameter for parameter in parameters if parameter.ndim != 4]
-                groups.append({"name": f"{prefix}{part}.undecayed", "part": part, "params": rest, "weight_decay": 0.0})
+                rest = [weight for weight in weights if weight.ndim != 4]
+                groups.append({"name": f"{title}.undecayed", "part": part, "params": rest, "weight_decay": 0.0})
     return groups
 
 

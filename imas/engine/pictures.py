@@ -1,17 +1,19 @@
-"""Sheets of pictures: what networks predict, and what a method makes of a batch."""
+"""Pictures: what networks predict, what a method makes of a batch, and which classes are taken for which."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as TF
 
 from ..data.catalog import Catalog
 from ..data.normalise import Normalise
+from ..ops.metrics import ConfusionMatrix
 from .evaluate import evaluating
 from .sliding import Predictor
 
@@ -19,8 +21,7 @@ _TILE = 256  # longest side of a tile, in pixels
 _GAP = 4
 _LINE = 16
 _LEGEND = 128  # width of a class name
-_GREY = (224, 224, 224)
-_RED = (200, 30, 30)
+_GREY, _RED, _BLUE = (224, 224, 224), (200, 30, 30), (8, 48, 107)
 
 
 @torch.no_grad()
@@ -69,6 +70,32 @@ def look_sheet(
             columns[title] = [coloured(label, palette) for label in values]
     captions = [": ".join(filter(None, (caption, ", ".join(texts)))) for caption, texts in zip(captions, numbers)]
     return sheet(columns, captions, catalog) if columns else None
+
+
+def confusion_picture(matrix: ConfusionMatrix, class_names: Sequence[str], caption: str) -> Image.Image:
+    """Draw the confusion matrix: a row for each true class, with the percent of its pixels by predicted class."""
+    count, font = len(class_names), ImageFont.load_default(13)
+    cell = max(34, min(80, 960 // count))
+    side, left = count * cell, round(max(map(font.getlength, class_names))) + 2 * _GAP
+    width = max(left + side, 480)
+    caption = f"Percent of each true class's pixels (rows), by predicted class (columns). {caption}"
+    lines = textwrap.wrap(caption, width // 8)
+    picture = Image.new("RGB", (width, side + left + 18 * len(lines)), "white")
+    names = Image.new("RGB", (left, side), "white")
+    for i, name in enumerate(class_names):
+        ImageDraw.Draw(names).text((left - _GAP, (i + 0.5) * cell), name, "black", font, anchor="rm")
+    picture.paste(names, (0, 0))
+    picture.paste(names.rotate(90, expand=True), (left, side))
+    pen = ImageDraw.Draw(picture)
+    pen.multiline_text((_GAP, side + left), "\n".join(lines), "black", font, spacing=4)
+    for i, row in enumerate((matrix.counts.double() / matrix.target.unsqueeze(1)).tolist()):
+        for j, share in enumerate(row):
+            x, y, absent = left + j * cell, i * cell, share != share
+            colour = _GREY if absent else tuple(round(255 + share * (part - 255)) for part in _BLUE)
+            text = "n/a" if absent else f"{100 * share:.1f}"
+            pen.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour)
+            pen.text((x + cell / 2, y + cell / 2), text, "white" if share > 0.5 else "black", font, anchor="mm")
+    return picture
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -13,8 +13,6 @@ from ..methods.base import Method
 from ..models.deeplabv3plus import PARTS
 from ..schema import Trainer
 
-_FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def prepare(method: Method, trainer: Trainer, device: torch.device) -> None:
     """Set up a method's networks, in place; names and shapes of their tensors stay.
@@ -23,7 +21,11 @@ def prepare(method: Method, trainer: Trainer, device: torch.device) -> None:
         UserError: ``compile`` where nothing can be compiled.
     """
     if trainer.compile:
-        _try_compiler(device)
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        except Exception as error:  # whatever a missing compiler makes of itself
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"trainer.compile: torch.compile does not work here ({reason}); set it to false") from None
     for network in method.networks().values():
         prepare_network(network, trainer)
         network.encoder.recompute = trainer.checkpoint_encoder
@@ -41,7 +43,8 @@ def prepare_network(network: nn.Module, trainer: Trainer) -> None:
 
 def autocast(trainer: Trainer, device: torch.device) -> torch.autocast:
     """The context of a forward pass. Logits leave the networks in float32, so that scores and losses are float32."""
-    return torch.autocast(device.type, _FORMATS.get(trainer.amp), enabled=trainer.amp is not None)
+    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, formats.get(trainer.amp), enabled=trainer.amp is not None)
 
 
 def make_scaler(trainer: Trainer, device: torch.device) -> torch.amp.GradScaler:
@@ -59,11 +62,3 @@ def tuned_kernels() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = False
-
-
-def _try_compiler(device: torch.device) -> None:
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # whatever a missing compiler makes of itself
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"trainer.compile: torch.compile does not work here ({reason}); set it to false") from None

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..data.catalog import catalog_of
-from ..data.folder import images_below
+from ..data.folder import below, is_image
 from ..data.labels import index_picture
 from ..data.normalise import Normalise
 from ..data.source import DataError, read_image
@@ -35,6 +35,7 @@ log = logging.getLogger("imas")
 
 _KINDS = {"index": ".png", "overlay": ".jpg", "confidence": ".png"}  # folders of the outputs, and their suffixes
 _WRITERS = 2  # threads
+_LARGEST_JPEG = 65_500  # pixels a side
 
 
 class Incomplete(UserError):
@@ -65,7 +66,11 @@ def find_images(words: Sequence[str], save_dir: Path) -> tuple[dict[Path, Path],
         if path.is_file():
             base, paths = Path(os.path.commonpath(folders)), [Path(os.path.abspath(path))]
         elif path.is_dir():
-            base, paths = path, [path / name for name in images_below(path)]
+            names = below(path)
+            others = [name for name in names if not is_image(name)]
+            if others:
+                log.warning("%s: no images by their suffix, left out: %d files (%s)", path, len(others), _some(others))
+            base, paths = path, [path / name for name in names if is_image(name)]
         paths = [path for path in paths if not any(path.resolve().is_relative_to(folder) for folder in outputs)]
         if not paths:
             kind = "folder without images" if Path(word).is_dir() else "no such file"
@@ -115,6 +120,7 @@ def predict_images(
         overlay = Image.blend(TF.to_pil_image(image), coloured(label, palette), 0.5)
         pictures = (index, overlay, Image.fromarray(confidence.mul(255).round().byte().numpy()))
         for picture, (kind, suffix) in zip(pictures, _KINDS.items()):
+            suffix = suffix if max(picture.size) <= _LARGEST_JPEG else ".png"
             path = save_dir / kind / f"{name}{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -126,7 +132,7 @@ def predict_images(
                 return f"{images[name]}: its prediction cannot be written ({error})"
         return None
 
-    bar = tqdm(loader, unit="image", leave=False, dynamic_ncols=True, disable=not distributed.is_main())
+    bar = tqdm(loader, unit="image", leave=False, dynamic_ncols=True, disable=None if distributed.is_main() else True)
     outcomes = []
     with evaluating({"network": network}), ThreadPoolExecutor(_WRITERS) as pool:
         for (name, _), image in zip(mine, bar):
@@ -143,6 +149,10 @@ def predict_images(
     seconds, done = time.perf_counter() - start, len(images) - len(problems)
     log.info("%d images in %.1f s, %.2f images/s: %s", done, seconds, done / seconds, save_dir)
     return problems
+
+
+def _some(names: Sequence[str], shown: int = 6) -> str:
+    return ", ".join(names[:shown]) + (" ..." if len(names) > shown else "")
 
 
 def _read(path: Path) -> Tensor | str:

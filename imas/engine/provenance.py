@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import subprocess
 import sys
@@ -21,38 +20,99 @@ from ..schema import Config
 from .optim import total_batch
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyyaml")
-_ROOT = Path(__file__).parents[2]
 
 
 def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
     """One start of a run as plain YAML values."""
     paths = list_paths(config)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": [sys.executable, *sys.argv],
         "config": str(config.path.resolve()),
         "seed": seed,
         "processes": world,
+        "threads": torch.get_num_threads(),
         "total_batch": total_batch(config, world),
         "git": git_commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "host": platform.node(),
-        "devices": distributed.gather(_device_name()),
+        "devices": distributed.gather(device),
         "lists": {
             name: {"path": paths[name] and str(paths[name]), "images": len(names), "sha256": digest(names)}
-            for name, names in dataclasses.asdict(lists).items()
+            for name, names in lists.by_name().items()
             if names
         },
+        "files": {text: len(files) for text, files in lists.remarks.items()},
     }
+
+
+# Keys that steer how, or for how long, a run is carried out.
+_ASIDE = ("saver.", "dataset.workers", "dataset.cache", "dataset.on_error", "trainer.epochs")
+
+
+def changes(before: dict | None, config: dict, path: str = "") -> list[str]:
+    """A line for each key of the recipe that has another value than in an earlier one. Keys that only one of them has,
+    below a section that both have, are passed over: they came or went with a version of this project.
+    """
+    if before is None or before == config:
+        return []
+    if not isinstance(before, dict) or not isinstance(config, dict):
+        return [f"{path}: {config!r}, and {before!r} before"]
+    lines = []
+    for key in dict.fromkeys([*before, *config]):
+        here = f"{path}.{key}" if path else str(key)
+        if key in before and key in config:
+            lines += changes(before[key], config[key], here) if before[key] is not None else _new(here, config[key])
+        elif not path:
+            lines.append(f"{here}: {'a section' if key in config else 'no section'}, other than before")
+    return lines
+
+
+def _new(path: str, value: Any) -> list[str]:
+    return [] if value is None else [f"{path}: {value!r}, and None before"]
+
+
+def steers(line: str) -> bool:
+    """Whether a line of ``changes`` makes it another experiment."""
+    return not line.startswith(_ASIDE)
+
+
+def surroundings_changed(before: dict | None, now: dict) -> list[str]:
+    """A line for each thing beside the recipe that differs between two descriptions: lists, processes, threads,
+    versions, commit.
+    """
+    if not before:
+        return []
+    lines = [
+        f"{key}: {now[key]}, and {before[key]} before"
+        for key in ("processes", "threads", "python", "cuda", "git")
+        if key in before and before[key] != now[key]
+    ]
+    for name, number in before.get("packages", {}).items():
+        if now["packages"].get(name) != number:
+            lines.append(f"{name}: {now['packages'].get(name)}, and {number} before")
+    for name in dict.fromkeys([*before.get("lists", {}), *now["lists"]]):
+        one, two = (lists.get(name, {"images": 0, "sha256": None}) for lists in (before.get("lists", {}), now["lists"]))
+        if one["sha256"] != two["sha256"]:
+            lines.append(f"the {name} list: {two['images']} images, and {one['images']} (others) before")
+    return lines
+
+
+def in_numbers(config: Config, lists: Lists, iterations: int, world: int) -> str:
+    """Images, iterations (of an epoch), batch and processes, for the log."""
+    images = f"{len(lists.labeled)} labeled, {len(lists.unlabeled)} unlabeled, {len(lists.val)} validation images"
+    batch = f"batch {config.dataset.train.batch_size} on {world} process(es)"
+    return f"{images}; {config.trainer.epochs} epochs of {iterations} iterations, {batch}"
 
 
 def identity(config: Config, lists: Lists, seed: int) -> dict[str, str]:
     """What makes ranks one run, as text by name: seed, folder, commit, versions, lists, and every key of the recipe."""
     texts = {"seed": seed, "run folder": config.folder.resolve(), "commit": git_commit()}
     texts |= {name: version(name) for name in PACKAGES}
-    texts |= {f"{name} list": f"{len(names)} images, {digest(names)[:12]}" for name, names in vars(lists).items()}
+    texts |= {f"{name} list": f"{len(names)} images, {digest(names)[:12]}" for name, names in lists.by_name().items()}
     return {name: str(text) for name, text in (texts | _dotted(config.to_dict())).items()}
 
 
@@ -73,12 +133,9 @@ def record(config: Config, description: dict) -> None:
 
 def git_commit() -> str | None:
     """The commit of this project, with ``-dirty`` where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

@@ -15,9 +15,10 @@ from .. import distributed
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
+from ..errors import UserError
 from ..methods.base import Labeled, Method, Progress, Unlabeled
 from ..schema import Config
-from . import checkpoint
+from . import checkpoint, provenance
 from .interrupt import Interrupted, Interruption
 from .meter import Meter
 from .optim import total_batch
@@ -45,6 +46,7 @@ class Run:
     best: dict[str, float] | None = None  # best mIoU in percent of each network
     rates: dict[str, float] = field(default_factory=dict)  # what the method's last update gave for the log
     scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
+    whole: bool = True  # False within an update, while networks, teacher and momentum do not belong together
     saved: float = field(default_factory=time.monotonic)  # time of the last checkpoint
 
     def progress(self, iteration: int, batch: int = 0) -> Progress:
@@ -105,21 +107,38 @@ def save(run: Run, improved: bool) -> None:
         "run": run.description,
         "partial": partial,
     }
-    if improved:  # first: a run that is cut off in between repeats the epoch
-        checkpoint.save(state, run.config.snapshot_dir / checkpoint.BEST)
-    checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST)
+    best = run.config.snapshot_dir / checkpoint.BEST if improved else None
+    if best is not None:  # first: a run that is cut off in between repeats the epoch
+        checkpoint.save(state, best)
+    checkpoint.save(state, run.config.snapshot_dir / checkpoint.LAST, twin=best)
     if run.step:
         path = run.config.snapshot_dir / checkpoint.LAST
         log.info("saved after %d updates of epoch %d: %s", run.step, run.epoch, path)
 
 
-def resume(run: Run, path: Path) -> None:
-    """Set a run to the state of a checkpoint.
+def resume(run: Run, path: Path, by_hand: bool) -> None:
+    """Set a run to the state of a checkpoint, and say what has changed since then.
+
+    Args:
+        by_hand: the file was named, so that the run goes on with another recipe, too.
 
     Raises:
-        UserError: it cannot be used.
+        UserError: it cannot be used; it is of another recipe, unless by hand.
     """
     found = checkpoint.resume(path, run.method, run.optimizer, run.seed)
+    recipe = provenance.changes(found.config, run.config.to_dict())
+    if not by_hand and any(map(provenance.steers, recipe)):
+        raise UserError(
+            "\n  ".join([f"{path} is of another recipe. To go on with this one nevertheless: --resume {path}", *recipe])
+        )
+    if changed := [*recipe, *provenance.surroundings_changed(found.run, run.description)]:
+        log.warning("%s", "\n  ".join(["changed since the checkpoint:", *changed]))
+    best, lists = found.best, (found.run or {}).get("lists", {})
+    if best and lists.get("val", {}).get("sha256") != run.description["lists"]["val"]["sha256"]:
+        log.warning(
+            "the best mIoU until now (%.2f) is of another val list: the best starts anew", next(iter(best.values()))
+        )
+        best = None
     world, length = distributed.world_size(), len(run.data)
     step = found.step
     if step and (found.world, found.length) != (world, length):
@@ -136,7 +155,7 @@ def resume(run: Run, path: Path) -> None:
             "the run was on %d process(es) until now and goes on with %d: it is no longer bitwise the same run",
             found.world, world,
         )  # fmt: skip
-    run.epoch, run.step, run.best, run.rates = found.epoch, step, found.best, found.rates or {}
+    run.epoch, run.step, run.best, run.rates = found.epoch, step, best, found.rates or {}
     if found.scaler:
         run.scaler.load_state_dict(found.scaler)
     if found.partial is not None:

@@ -75,8 +75,8 @@ class Session:
     ) -> None:
         self.config, self.lists, self.seed, self.device = config, lists, seed, device
         self.build, self.finish, self.resume = build, finish, resume
-        self.interruption = interruption
         self.normalise = Normalise(config.dataset.mean, config.dataset.std, device)
+        self.interruption = interruption
 
     def fit(
         self,
@@ -114,9 +114,9 @@ class Session:
             self._same_seed(mark)
             log.info("stage %s is done: %s", stage, config.snapshot_dir)
             return config
+        self._check_labels(config, lists)
         if stage and distributed.any_rank(self.interruption.asked(0), self.device):
             raise Interrupted(f"before stage {stage}")
-        self._check_labels(config, lists)
         start = start or (None if config.trainer.start_from is None else Path(config.trainer.start_from))
         torch.manual_seed(self.seed)
         method = self.build(config, kind, found is None and start is None)
@@ -133,9 +133,10 @@ class Session:
             device=self.device,
             interruption=self.interruption,
             resumed_from=found,
+            by_hand=self.resume not in ("auto", "never"),
             momentum=None if found is not None or momentum is None else (start, momentum),
             keep=keep,
-        )
+        )  # fmt: skip
         if distributed.is_main():
             self.finish(config)
             if stage:
@@ -194,7 +195,8 @@ class Session:
 
     def images(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Training images at their own size: each name with its (1, 3, H, W) normalised image, on the device."""
-        bar = {"unit": "image", "leave": False, "dynamic_ncols": True, "disable": not distributed.is_main()}
+        shown = None if distributed.is_main() else True  # None: on a terminal
+        bar = {"unit": "image", "leave": False, "dynamic_ncols": True, "disable": shown}
         for name, image in zip(names, tqdm(whole_images(self.config, names), total=len(names), **bar)):
             if self.interruption.received is not None:
                 raise Interrupted(f"at the image {name}")

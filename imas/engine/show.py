@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from .. import distributed
@@ -17,10 +15,9 @@ from ..data.dataset import Draw, stacked
 from ..data.source import DataError
 from ..ops.metrics import ConfusionMatrix
 from . import checkpoint
-from .evaluate import Evaluation, evaluating, figures, format_table
+from .evaluate import Evaluation, evaluating, figures, format_table, write_json
 from .log import RunLog, last_scores
 from .pictures import look_sheet, prediction_sheet, spread
-from .results import write_json
 from .run import Run, to_device
 
 log = logging.getLogger("imas")
@@ -39,15 +36,17 @@ def write_scores(run: Run, run_log: RunLog, epoch: int) -> None:
     for pairs in distributed.gather(list(zip(index, score))):
         gathered.update(pairs)
     run_log.scores((epoch, run.lists.unlabeled[index], gathered[index]) for index in sorted(gathered))
-    run_log.histogram("scores", list(gathered.values()), (epoch + 1) * len(run.data))
+    if run_log.writer is not None:
+        run_log.writer.add_histogram("scores", torch.tensor(list(gathered.values())), (epoch + 1) * len(run.data))
 
 
 def show_progress(run: Run, evaluation: Evaluation, run_log: RunLog) -> None:
     """Write pictures of some training and some validation images, always the same, to TensorBoard."""
-    with _optional():
-        for name, sheet in (("views", _look(run, evaluation, {})), ("predictions", _predictions(run, evaluation))):
-            if sheet is not None:
-                run_log.image(name, TF.pil_to_tensor(sheet), run.epoch * len(run.data))
+
+    def show(name: str, sheet: Image.Image) -> None:
+        run_log.writer.add_image(name, TF.pil_to_tensor(sheet), run.epoch * len(run.data))
+
+    _draw(run, evaluation, {}, show)
 
 
 def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation, run_log: RunLog) -> None:
@@ -58,16 +57,35 @@ def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluatio
     protocol = {"epoch": run.epoch, "images": len(run.lists.val)} | evaluation.protocol.to_dict()
     networks = {name: figures(matrix, names) for name, matrix in matrices.items()}
     write_json(config.log_dir / "evaluation.json", {"protocol": protocol, "networks": networks})
-    with _optional():
-        _predictions(run, evaluation).save(config.log_dir / "predictions.png")
-        sheet = _look(run, evaluation, last_scores(config.log_dir))
-        if sheet is not None:
-            sheet.save(config.log_dir / "views.png")
+    scores = last_scores(config.log_dir)
+    _draw(run, evaluation, scores, lambda name, sheet: sheet.save(config.log_dir / f"{name}.png"))
     log.info("pictures:     %s", ", ".join(map(str, sorted(config.log_dir.glob("*.png")))))
-    log.info("checkpoints:  %s, %s", config.snapshot_dir / checkpoint.BEST, checkpoint.LAST)
+    written = [name for name in (checkpoint.BEST, checkpoint.LAST) if (config.snapshot_dir / name).is_file()]
+    log.info("checkpoints:  %s", config.snapshot_dir / ", ".join(written))
     log.info("curves:       %s, training.csv, scores.csv", config.log_dir / "metrics.csv")
     if config.saver.use_tb:
         log.info("TensorBoard:  tensorboard --logdir %s", config.log_dir / "tensorboard")
+
+
+def _draw(
+    run: Run,
+    evaluation: Evaluation,
+    scores: dict[str, tuple[int, float]],
+    show: Callable[[str, Image.Image], None],
+) -> None:
+    """Give ``show`` the sheets of predictions and views, by name. Pictures that fail do not end the run."""
+    catalog, normalise = evaluation.catalog, evaluation.normalise
+    try:
+        networks, images = run.method.scored(), evaluation.loader.dataset
+        show("predictions", prediction_sheet(networks, images, normalise, evaluation.predictor, catalog))
+        columns, captions = _look(run, evaluation, scores)
+        sheet = look_sheet(columns, captions, normalise, catalog)
+        if sheet is not None:
+            show("views", sheet)
+    except DataError as error:
+        log.warning("no pictures of training images: %s", error)
+    except Exception:
+        log.exception("pictures could not be drawn; the run itself is whole")
 
 
 def _chosen(names: list[str], scores: dict[str, tuple[int, float]]) -> dict[int, str]:
@@ -81,9 +99,10 @@ def _chosen(names: list[str], scores: dict[str, tuple[int, float]]) -> dict[int,
 
 
 @torch.no_grad()
-def _look(run: Run, evaluation: Evaluation, scores: dict[str, tuple[int, float]]) -> Image.Image | None:
-    """What the method makes of some training images, cropped and coloured the same way at every call; None where it
-    has nothing to show.
+def _look(
+    run: Run, evaluation: Evaluation, scores: dict[str, tuple[int, float]]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What the method makes of some training images, cropped and coloured the same way at every call, and captions.
 
     Args:
         scores: epoch and score of unlabeled images by name; those with extreme scores are shown.
@@ -93,37 +112,15 @@ def _look(run: Run, evaluation: Evaluation, scores: dict[str, tuple[int, float]]
     progress = progress._replace(generator=torch.Generator().manual_seed(run.seed))
     uses = data.unlabeled is not None and method.needs_unlabeled(progress.epoch)
     captions = _chosen(lists.unlabeled, scores) if uses else _chosen(lists.labeled, {})
-    beside = [i * len(lists.labeled) // len(captions) for i in range(len(captions))]
-    try:
-        batch = {"labeled": _draw(run, data.labeled, beside)}
-        if uses:
-            batch["unlabeled"] = _draw(run, data.unlabeled, captions)
-    except DataError as error:
-        log.warning("no pictures of training images: %s", error)
-        return None
+    shown = {"labeled": [i * len(lists.labeled) // len(captions) for i in range(len(captions))]}
+    shown |= {"unlabeled": list(captions)} if uses else {}
+    batch = {
+        name: stacked([getattr(data, name).dataset[Draw(i, (run.seed, _STREAM, i))] for i in indices])
+        for name, indices in shown.items()
+    }
     labeled, unlabeled = to_device(batch, evaluation.normalise, run.device)
-    with evaluating({"method": method}):
+    # Not compiled: batches of other sizes would be compiled anew, while the other ranks wait.
+    with evaluating({"method": method}), torch.compiler.set_stance("force_eager"):
         columns = method.look(labeled, unlabeled, progress)
-    shown = list(captions) if unlabeled is None else unlabeled.index.tolist()
-    texts = [captions.get(i, "in the place of a broken image") for i in shown]
-    return look_sheet(columns, texts, evaluation.normalise, evaluation.catalog)
-
-
-def _draw(run: Run, loader: DataLoader, indices: Iterable[int]) -> dict[str, Any]:
-    """A batch of these samples, the same at every call."""
-    return stacked([loader.dataset[Draw(i, (run.seed, _STREAM, i))] for i in indices])
-
-
-def _predictions(run: Run, evaluation: Evaluation) -> Image.Image:
-    return prediction_sheet(
-        run.method.scored(), evaluation.loader.dataset, evaluation.normalise, evaluation.predictor, evaluation.catalog
-    )
-
-
-@contextmanager
-def _optional() -> Iterator[None]:
-    """Pictures that fail do not end the run."""
-    try:
-        yield
-    except Exception:
-        log.exception("pictures could not be drawn; the run itself is whole")
+    drawn = captions if unlabeled is None else unlabeled.index.tolist()
+    return columns, [captions.get(i, "in the place of a broken image") for i in drawn]

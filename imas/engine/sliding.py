@@ -27,7 +27,6 @@ class Protocol(NamedTuple):
 
     @property
     def stride(self) -> int | None:
-        """Pixels from window to window."""
         return None if self.window is None else int(self.window * 2 / 3)
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,10 +49,10 @@ def window_bands(model: Callable[[Tensor], Any], images: Tensor, crop: int | Non
 
     Args:
         model: gives logits (B, C, h, w) of any window, or a tuple that begins with them, on any device.
-        crop: window side in pixels, at least 2; None for one window as large as the image.
     """
     height, width = images.shape[-2:]
-    crop, stride = (max(height, width),) * 2 if crop is None else (crop, int(crop * 2 / 3))
+    stride = Protocol(crop).stride or max(height, width)
+    crop = crop or stride
     total: Tensor | None = None
     for top in range(0, height, stride):
         bottom = min(top + crop, height)
@@ -90,9 +89,7 @@ def protocol_bands(model: Callable[[Tensor], Any], images: Tensor, protocol: Pro
 
 
 @torch.no_grad()
-def _view(
-    model: Callable[[Tensor], Any], images: Tensor, protocol: Protocol, scale: float, flip: bool
-) -> Iterator[Tensor]:
+def _view(model: Callable, images: Tensor, protocol: Protocol, scale: float, flip: bool) -> Iterator[Tensor]:
     """Mean probabilities of one view, resized to the image, in bands of ``protocol.stride`` rows."""
     height, width = images.shape[-2:]
     rows, columns = (max(1, round(scale * side)) for side in (height, width))
@@ -132,12 +129,8 @@ def labels_and_confidence(bands: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class Predictor:
-    """Predicts by a protocol, on a device that may be too small for a whole image.
-
-    Args:
-        device: of the networks.
-        accumulate: ``device``: probabilities are summed there, or on the CPU for images for which it is too small;
-            ``cpu``: always on the CPU.
+    """Predicts by a protocol, with networks on ``device``, which may be too small for a whole image: probabilities of
+    such images are summed on the CPU, with ``accumulate="cpu"`` those of all images.
     """
 
     def __init__(self, protocol: Protocol, device: torch.device, accumulate: str = "device") -> None:

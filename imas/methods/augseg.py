@@ -167,11 +167,14 @@ class AugSeg(Method):
         batch, _, height, width = strong.shape
         partner = torch.randperm(batch, generator=generator)
         boxes = [
-            mixing.cutmix_mask(batch, height, width, mixing.beta_side(generator, *of), generator, border=8)
+            mixing.cutmix_mask(
+                batch, height, width, mixing.beta_side(generator, *of), generator, border=8, device=strong.device
+            )
             for of in ((8.0, 2.0), (4.0, 4.0))
         ]
         uniform = torch.rand(batch, generator=generator)
-        return Draws(*(drawn.to(strong.device, non_blocking=True) for drawn in (partner, *boxes, uniform)))
+        partner, uniform = (drawn.to(strong.device, non_blocking=True) for drawn in (partner, uniform))
+        return Draws(partner, *boxes, uniform)
 
     def needs_unlabeled(self, epoch: int) -> bool:
         return epoch >= self.options.sup_only_epoch

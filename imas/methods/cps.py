@@ -88,8 +88,7 @@ class CPS(Method):
         The second images are those of the batch in another order, in which none keeps its place. The batch is shuffled,
         so that its next image is as good as any.
         """
-        mask = mixing.toggled_mask(len(weak), *weak.shape[-2:], generator)
-        return weak.roll(1, 0), mask.to(weak.device, non_blocking=True)
+        return weak.roll(1, 0), mixing.toggled_mask(len(weak), *weak.shape[-2:], generator, weak.device)
 
     @torch.no_grad()
     def mixed_labels(self, network: nn.Module, first: Tensor, second: Tensor, mask: Tensor) -> Tensor:

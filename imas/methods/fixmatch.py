@@ -108,8 +108,7 @@ class FixMatch(Method):
 
     def boxes(self, valid: Tensor, generator: torch.Generator) -> list[Tensor]:
         """For each strong view (B, H, W) bool, a box in half of the images."""
-        masks = [mixing.area_mask(*valid.shape, generator) for _ in range(self.strong_views)]
-        return [mask.to(valid.device, non_blocking=True) for mask in masks]
+        return [mixing.area_mask(*valid.shape, generator, device=valid.device) for _ in range(self.strong_views)]
 
     @torch.no_grad()
     def predicted(self, network: DeepLabV3Plus, unlabeled: Unlabeled) -> Target:

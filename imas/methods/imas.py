@@ -212,9 +212,7 @@ class IMAS(Method):
             side, border = mixing.box_side(
                 low, high, mean_score, generator, scaled_by_score=flags.scale_box, gaussian=flags.gaussian_box
             ), 16  # fmt: skip
-        mask = mixing.cutmix_mask(batch, height, width, side, generator, border=border).to(
-            weak.device, non_blocking=True
-        )
+        mask = mixing.cutmix_mask(batch, height, width, side, generator, border=border, device=weak.device)
         if options.hardness is None or options.use_cutmix_beta:
             partner = torch.randperm(batch, generator=generator).to(weak.device, non_blocking=True)
         else:

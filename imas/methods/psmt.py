@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -158,17 +157,16 @@ class PSMT(Method):
 
     def draw_pastes(self, images: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         """The partner of each image, (B,) int64, and where it is pasted, (B, H, W) bool, for each box."""
-        batch, _, height, width = images.shape
+        (batch, _, height, width), device = images.shape, images.device
         if self.options.cutmix == "box":
             side = mixing.beta_side(generator)
-            masks = [mixing.cutmix_mask(batch, height, width, side, generator, border=8)]
+            masks = [mixing.cutmix_mask(batch, height, width, side, generator, border=8, device=device)]
             partners = [torch.randperm(batch, generator=generator)]
         else:
             draws = torch.rand(batch, 3, 4, generator=generator, dtype=torch.float64)
-            masks = three_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:])
+            masks = three_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:], device)
             partners = torch.randint(batch, (3, batch), generator=generator)
-        device = partial(torch.Tensor.to, device=images.device, non_blocking=True)
-        return [(device(partner), device(mask)) for partner, mask in zip(partners, masks, strict=True)]
+        return [(each.to(device, non_blocking=True), mask) for each, mask in zip(partners, masks, strict=True)]
 
     def disturbed(self, images: Tensor, generator: torch.Generator, aux: bool = False) -> tuple[Tensor, Tensor | None]:
         """The student's logits before the last resize, and those of its auxiliary head, of features that T-VAT has
@@ -373,7 +371,14 @@ def _classifiers_in_eval(*networks: DeepLabV3Plus) -> Iterator[None]:
         classifier.train(mode)
 
 
-def three_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> list[Tensor]:
+def three_boxes(
+    height: int,
+    width: int,
+    share: Tensor,
+    exponent: Tensor,
+    position: Tensor,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
     """Three boxes in each image, by ``share_boxes`` with the width in the place of the height (CutMix, Cityscapes).
 
     Args:
@@ -383,4 +388,4 @@ def three_boxes(height: int, width: int, share: Tensor, exponent: Tensor, positi
     Returns:
         (B, H, W) bool for each box, in the order in which they are pasted.
     """
-    return list(mixing.share_boxes(width, height, share, exponent, position).transpose(2, 3).unbind(1))
+    return list(mixing.share_boxes(width, height, share, exponent, position, device).transpose(2, 3).unbind(1))

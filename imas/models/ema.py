@@ -22,14 +22,13 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, buffers
         decay: in [0, 1]; 0 makes the teacher equal to the student.
         buffers: False leaves the teacher its own (U2PL).
     """
-    averaged: tuple[list, list] = ([], [])
-    for ours, theirs in zip(_state(teacher, buffers), _state(student, buffers), strict=True):
-        if ours.is_floating_point():
-            averaged[0].append(ours)
-            averaged[1].append(theirs)
-        else:
-            ours.copy_(theirs)
-    torch._foreach_lerp_(*averaged, weight=1 - decay)
+    pairs = list(zip(_state(teacher, buffers), _state(student, buffers), strict=True))
+    averaged, copied = (
+        [pair for pair in pairs if pair[0].is_floating_point() == floating] for floating in (True, False)
+    )
+    torch._foreach_lerp_(*map(list, zip(*averaged)), weight=1 - decay)
+    if copied:
+        torch._foreach_copy_(*map(list, zip(*copied)))
 
 
 def _state(module: nn.Module, buffers: bool) -> list[torch.Tensor]:

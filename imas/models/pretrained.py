@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor
@@ -25,6 +27,25 @@ _MIT_STEM = {
     "bn3": "bn1",
 }
 _SHOWN = 8
+_FIRST = "layer1.0.conv1.weight"  # every ResNet has it
+_WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")  # keys below which files have their tensors
+
+# What NumPy's numbers and arrays of numbers are pickled with, by the names of its two generations.
+_NUMPY = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
+_NUMPY += [
+    (
+        getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, name),
+        f"numpy.{core}.multiarray.{name}",
+    )
+    for name in ("scalar", "_reconstruct")
+    for core in ("core", "_core")
+]
+# First bytes of files that people have in the place of weights.
+_FOREIGN = {
+    b"<!doctype": "is a web page: the download has failed",
+    b"<html": "is a web page: the download has failed",
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself: get it with git lfs pull",
+}
 
 
 def load_encoder(encoder: ResNet, source: str | Path) -> None:
@@ -42,6 +63,10 @@ def load_encoder(encoder: ResNet, source: str | Path) -> None:
         OSError: torchvision's weights cannot be fetched.
     """
     state = fetch_torchvision(encoder.name) if source == "torchvision" else read_weights(source)
+    prefix = next((name.removesuffix(_FIRST) for name in state if name.endswith(_FIRST)), "")
+    if prefix:
+        log.info("%s: of its tensors, those whose names begin with %s", source, prefix)
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     kind = "the authors'"
     if "conv3.weight" in state:
         kind, state = "MIT CSAIL's", {_renamed(name): tensor for name, tensor in state.items()}
@@ -62,6 +87,9 @@ def load_encoder(encoder: ResNet, source: str | Path) -> None:
             f"{source}: none of its {len(state)} tensors fits this encoder (first: {', '.join(list(state)[:4])}). "
             "Is it a weight file of this ResNet?"
         )
+    broken = [name for name, tensor in fitting.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{source}: NaN or infinite numbers in {len(broken)} tensors: {', '.join(broken[:_SHOWN])}")
     encoder.load_state_dict(fitting, strict=False)
     log.info("encoder weights from %s (%s kind): %d of %d tensors matched", source, kind, len(fitting), len(own))
     # num_batches_tracked is missing from files of old PyTorch versions and steers nothing here.
@@ -112,31 +140,44 @@ def fetch_torchvision(name: str) -> dict[str, Tensor]:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Named tensors of a weight file, loaded safely; a ``state_dict`` entry is unpacked.
+    """Named tensors of a weight file, loaded safely; a ``state_dict``, ``model``, ... entry is unpacked.
 
     Raises:
         FileNotFoundError, ValueError: see ``load_safely``; or a file that holds something else.
     """
     state = load_safely(path)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for key in _WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a dict of named tensors")
     return state
 
 
 def load_safely(path: str | Path) -> Any:
-    """``torch.load`` to the CPU that executes nothing.
+    """``torch.load`` to the CPU that executes nothing. NumPy's numbers and arrays of numbers are let in, too.
 
     Raises:
         FileNotFoundError: no such file. ValueError: a file that is torn, foreign or not safe to load.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        head = file.read(64).lstrip().lower()
+    for start, what in _FOREIGN.items():
+        if head.startswith(start):
+            raise ValueError(f"{path}: {what}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file makes torch raise almost anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        objects = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if objects:
+            raise ValueError(
+                f"{path}: not safe to load, since it holds objects beside tensors ({objects[1]}), as a whole pickled "
+                "network does; save its state_dict() instead"
+            ) from None
+        reason = re.split(r"\n|\. |\x1b", str(error).strip())[0] or type(error).__name__  # torch advises unsafe loading
         raise ValueError(f"{path}: torn, foreign or not safe to load ({reason})") from None
 
 

@@ -24,8 +24,8 @@ def within(values: Tensor, bound: int) -> bool:
     """Whether all integers are in [0, ``bound``). Waits for a CUDA device."""
     if not values.numel():
         return True
-    low, high = values.aminmax()
-    return low.item() >= 0 and high.item() < bound
+    low, high = torch.stack(values.aminmax()).tolist()
+    return low >= 0 and high < bound
 
 
 def need_classes(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:

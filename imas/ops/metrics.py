@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .counting import need_classes, within
 
-_AT_ONCE = 2**18  # pixels that are counted in one go: what they need stays in a CPU's cache
+_AT_ONCE = 2**18  # pixels that a CPU counts in one go: what they need stays in its cache
 
 
 class ConfusionMatrix:
@@ -44,7 +44,8 @@ class ConfusionMatrix:
             if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
                 raise ValueError(f"{name} must have an integer type, got {labels.dtype}")
         cells, counts = self.num_classes**2, torch.zeros_like(self.counts)
-        for predicted, true in zip(prediction.flatten().split(_AT_ONCE), target.flatten().split(_AT_ONCE)):
+        at_once = _AT_ONCE if target.device.type == "cpu" else max(1, target.numel())
+        for predicted, true in zip(prediction.flatten().split(at_once), target.flatten().split(at_once)):
             ignored = true == self.ignore_index
             index = (true.int() * self.num_classes).add_(predicted).masked_fill_(ignored, 0)
             # On CUDA this waits, as bincount does. Only where the quick look fails, labels are looked at one by one.

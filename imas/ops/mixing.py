@@ -1,7 +1,8 @@
 """Instance-adaptive augmentation: blending and CutMix (paper, section 3.3; spec, steps 5 and 6).
 
 Letters: B images, H×W their size. ``score`` is the h of ``ops/hardness.py``: (B,), 1 easy, 0 hard.
-Every random function takes the CPU generator that it draws from.
+Every random function takes the CPU generator that it draws from. Masks are made where they are used: a few numbers an
+image are sent to the ``device``, no mask.
 """
 
 from __future__ import annotations
@@ -85,29 +86,40 @@ def beta_side(generator: torch.Generator, alpha: float = 4.0, beta: float = 4.0)
 
 
 def cutmix_mask(
-    batch: int, height: int, width: int, side: float, generator: torch.Generator, *, border: int = 16
+    batch: int,
+    height: int,
+    width: int,
+    side: float,
+    generator: torch.Generator,
+    *,
+    border: int = 16,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """One box per image, True inside: (B, H, W) bool on the CPU (spec, step 6).
+    """One box per image, True inside: (B, H, W) bool (spec, step 6).
 
     A box is int(H·side) × int(W·side) around a centre that is uniform in [H//border, H) × [W//border, W),
     clipped to the image.
     """
     rows = torch.randint(height // border, height, (batch,), generator=generator)
     columns = torch.randint(width // border, width, (batch,), generator=generator)
-    return centred_boxes(height, width, side, rows, columns)
+    return centred_boxes(height, width, side, *_sent(torch.stack([rows, columns]), device))
+
+
+def _sent(numbers: Tensor, device: torch.device | str) -> Tensor:
+    return numbers.to(device, non_blocking=True)
 
 
 def centred_boxes(height: int, width: int, side: float, rows: Tensor, columns: Tensor) -> Tensor:
     """The boxes of ``cutmix_mask`` around given centres, each (B,) int64; an odd side loses a pixel."""
     half_h, half_w = int(height * side) // 2, int(width * side) // 2
     rows, columns = rows.view(-1, 1, 1), columns.view(-1, 1, 1)
-    y = torch.arange(height).view(1, -1, 1)
-    x = torch.arange(width).view(1, 1, -1)
+    y = torch.arange(height, device=rows.device).view(1, -1, 1)
+    x = torch.arange(width, device=rows.device).view(1, 1, -1)
     return (y >= rows - half_h) & (y < rows + half_h) & (x >= columns - half_w) & (x < columns + half_w)
 
 
 def area_box(height: int, width: int, draw: Callable[[], float]) -> tuple[int, int, int, int]:
-    """A box (top, left, height, width) that lies in the image (FixMatch, UniMatch; spec, CutMix box).
+    """A box (top, left, height, width) that lies in the image (FixMatch, UniMatch).
 
     Its area is uniform in [0.02, 0.4] of the image's. Ratio and place are drawn anew until the box fits, so that none
     is clipped.
@@ -124,21 +136,35 @@ def area_box(height: int, width: int, draw: Callable[[], float]) -> tuple[int, i
             return top, left, box_height, box_width
 
 
-def area_mask(batch: int, height: int, width: int, generator: torch.Generator, probability: float = 0.5) -> Tensor:
-    """An ``area_box`` in each image with this probability, True inside: (B, H, W) bool on the CPU."""
+def area_mask(
+    batch: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    probability: float = 0.5,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """An ``area_box`` in each image with this probability, True inside: (B, H, W) bool."""
 
     def draw() -> float:
         return torch.rand((), generator=generator, dtype=torch.float64).item()
 
-    mask = torch.zeros(batch, height, width, dtype=torch.bool)
-    for image in mask:
-        if draw() < probability:
-            top, left, box_height, box_width = area_box(height, width, draw)
-            image[top : top + box_height, left : left + box_width] = True
-    return mask
+    boxes = [area_box(height, width, draw) if draw() < probability else (0, 0, 0, 0) for _ in range(batch)]
+    top, left, box_height, box_width = _sent(torch.tensor(boxes).T, device)[..., None]  # each (B, 1)
+    rows, columns = (torch.arange(side, device=device) for side in (height, width))
+    inside_rows = (rows >= top) & (rows < top + box_height)
+    inside_columns = (columns >= left) & (columns < left + box_width)
+    return inside_rows.unsqueeze(2) & inside_columns.unsqueeze(1)
 
 
-def share_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> Tensor:
+def share_boxes(
+    height: int,
+    width: int,
+    share: Tensor,
+    exponent: Tensor,
+    position: Tensor,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Boxes of a share of the image's area, in any shape and place (CPS, PS-MT on Cityscapes).
 
     With a share q and an exponent e a box is √(1/3)·q^e of the image high and √(1/3)·q^(1 − e) wide, rounded to whole
@@ -148,6 +174,7 @@ def share_boxes(height: int, width: int, share: Tensor, exponent: Tensor, positi
         share: (B, K) float64 of K boxes in each image, in (0, 1].
         exponent: (B, K) float64 in [0, 1].
         position: (B, K, 2) float64 in [0, 1]: of the box's top among all that are possible, and of its left side.
+        device: of the result. The arguments are on the CPU, whose rounding of the sides counts.
 
     Returns:
         (B, K, H, W) bool, True inside.
@@ -156,25 +183,34 @@ def share_boxes(height: int, width: int, share: Tensor, exponent: Tensor, positi
     size = share.new_tensor([height, width])
     sides = (torch.stack([high, share / high], dim=-1) * math.sqrt(1 / 3) * size).round()
     first = ((size - sides) * position).round()
-    last = first + sides
+    first, last = _sent(torch.stack([first, first + sides]), device)
+    places = [torch.arange(side, device=device) for side in (height, width)]
     rows, columns = (
-        (torch.arange(side) >= first[..., i, None]) & (torch.arange(side) < last[..., i, None])
-        for i, side in enumerate((height, width))
+        (place >= first[..., i, None]) & (place < last[..., i, None]) for i, place in enumerate(places)
     )  # (B, K, H) and (B, K, W)
     return rows.unsqueeze(3) & columns.unsqueeze(2)
 
 
-def toggled_boxes(height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor) -> Tensor:
-    """The ``share_boxes``, each of which toggles what it covers: an overlap of two is outside again (CPS; spec, The
-    mask). (B, H, W) bool.
+def toggled_boxes(
+    height: int,
+    width: int,
+    share: Tensor,
+    exponent: Tensor,
+    position: Tensor,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The ``share_boxes``, each of which toggles what it covers: an overlap of two is outside again (CPS). (B, H, W)
+    bool.
     """
-    return reduce(torch.logical_xor, share_boxes(height, width, share, exponent, position).unbind(1))
+    return reduce(torch.logical_xor, share_boxes(height, width, share, exponent, position, device).unbind(1))
 
 
-def toggled_mask(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Three ``toggled_boxes`` in each image, every share uniform in [0.25, 0.5]: (B, H, W) bool on the CPU."""
+def toggled_mask(
+    batch: int, height: int, width: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Three ``toggled_boxes`` in each image, every share uniform in [0.25, 0.5]: (B, H, W) bool."""
     draws = torch.rand(batch, 3, 4, generator=generator, dtype=torch.float64)
-    return toggled_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:])
+    return toggled_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:], device)
 
 
 def half_boxes(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY
-from first_step import gradients, progress, ready, step_of
+from first_step import batch_for, gradients, on, progress, ready, small, step_of
+from test_methods import CONTRACT
+from torch import nn
 
+from imas import ConfusionMatrix, distributed
 from imas.config import load_config
 from imas.engine import precision
 from imas.engine.optim import build_optimizer, param_groups
+from imas.models.sync_bn import synchronise
 from imas.schema import Config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -100,3 +105,68 @@ def test_a_deterministic_run_goes_on_bitwise(experiment: Callable[..., Path], wo
     assert bool(one["scaler_state"]) == bool(words) and one["scaler_state"] == two["scaler_state"]
     for key in ("model_state", "teacher_state"):
         assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_a_step_of_any_method_waits_for_nothing(name: str) -> None:
+    """None of these follows the score with CutMix. What is pasted and drawn is sent without a wait, too."""
+    method = small(name, **CONTRACT[name]).to(CUDA)
+    batch = on(batch_for(method.wants(method.options)), CUDA)
+    method(*batch, progress(3, 15)).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        method(*batch, progress(3, 15)).loss.backward()
+        method.after_step(progress(3, 15))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+def test_sync_bn_of_equal_ranks_is_batch_norm(
+    monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format, dtype: torch.dtype, tolerance: float
+) -> None:
+    """One GPU in the place of two, whose images are the same: the arithmetic and its waits, without NCCL."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather_rows", lambda row: torch.stack([row, row]))
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda tensor: 2 * tensor)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.BatchNorm2d(32)).to(CUDA)
+    ours = copy.deepcopy(plain)
+    synchronise(ours)
+    image = (2 * torch.randn(3, 32, 33, 33, device=CUDA) + 5).to(dtype).contiguous(memory_format=layout)
+    weight = torch.randn_like(image)
+    results = []
+    for module in (plain, ours):
+        (module(image) * weight).sum().backward()  # what a first call makes may wait
+        module.zero_grad()
+        mine = image.clone().requires_grad_()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            output = module(mine)
+            (output * weight).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append([output, mine.grad, module[0].running_mean, module[0].weight.grad / weight.numel()])
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sync_bn_through_nccl_waits_for_nothing_and_is_compiled_in_one_graph() -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [sys.executable, *launcher, "tests/gpu/sync_bn_nccl.py"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_counts_are_those_of_the_cpu_in_one_piece() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.randint(0, 19, (1, 1024, 2048), generator=generator).byte()
+    target = torch.randint(0, 20, (1, 1024, 2048), generator=generator).byte()
+    target[target == 19] = 255
+    matrices = [ConfusionMatrix(19, device=device) for device in (CPU, CUDA)]
+    for matrix in matrices:
+        matrix.update(predicted.to(matrix.counts.device), target.to(matrix.counts.device))
+    assert torch.equal(matrices[0].counts, matrices[1].counts.cpu())
