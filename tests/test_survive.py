@@ -198,7 +198,7 @@ def test_another_number_of_processes_within_an_epoch(
         patch.setattr(distributed, "world_size", lambda: after)
         caplog.set_level(logging.INFO, "imas")
         logging.getLogger("imas").propagate = True
-        resume(run, Path("ckpt.pth"))
+        resume(run, Path("ckpt.pth"), by_hand=False)
     rest = draws(after, run.step)
     again = len(seen) + len(rest) - 80
     assert 0 <= again < 4 * after and set(seen) | set(rest) == set(draws(1, 0))
