@@ -155,10 +155,11 @@ def _saved(run: Run) -> Iterator[None]:
         yield
     except NonFiniteLoss:
         raise
-    except Exception as error:
-        if isinstance(error, Interrupted):
-            save(run, False)
-        elif distributed.world_size() == 1 and run.whole:
+    except Interrupted as stop:
+        save(run, False)
+        raise stop.with_traceback(None) from None  # which lets go of the loader, and its workers end
+    except Exception:
+        if distributed.world_size() == 1 and run.whole:
             try:
                 save(run, False)
             except Exception as other:

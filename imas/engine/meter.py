@@ -49,19 +49,19 @@ class Meter:
         for name, value in self.waiting[0].items():
             names += [f"{name}/{each}" for each in self.class_names] if value.dim() else [name]
         mine = torch.stack([torch.cat([value.float().view(-1) for value in step.values()]) for step in self.waiting])
+        first = iteration + 1 - len(mine)
         # Summed first: what is not finite on one rank stops all, at the same iteration.
         values = distributed.sum_over_ranks(mine.clone()) / distributed.world_size()
-        for number, step in enumerate(values.tolist()):
+        for offset, step in enumerate(values.tolist()):
             bad = [f"{name} = {value}" for name, value in zip(names, step) if not math.isfinite(value)]
             if bad:
                 every = ", ".join(f"{name} = {value:.5g}" for name, value in zip(names, step) if "/" not in name)
-                finite = distributed.gather(bool(mine[number].isfinite().all()))
-                ranks = ", ".join(str(rank) for rank, fine in enumerate(finite) if not fine)
+                finite = distributed.gather(bool(mine[offset].isfinite().all()))
+                ranks = ", ".join(str(number) for number, fine in enumerate(finite) if not fine)
                 where = f" on rank {ranks}" if len(finite) > 1 else ""
-                at = iteration + 1 - len(mine) + number
                 raise NonFiniteLoss(
-                    f"iteration {at}: {' and '.join(bad)}{where} (all: {every}). The last checkpoint is from "
-                    "before; a lower trainer.optimizer.kwargs.lr, or a look at the data, may help."
+                    f"iteration {first + offset}: {' and '.join(bad)}{where} (all: {every}). The last checkpoint is "
+                    "from before; a lower trainer.optimizer.kwargs.lr, or a look at the data, may help."
                 )
         self.read += [dict(zip(names, step)) for step in values.tolist()]
         self.waiting.clear()

@@ -116,7 +116,7 @@ def save(run: Run, improved: bool) -> None:
         log.info("saved after %d updates of epoch %d: %s", run.step, run.epoch, path)
 
 
-def resume(run: Run, path: Path, by_hand: bool) -> None:
+def resume(run: Run, path: Path, by_hand: bool = False) -> None:
     """Set a run to the state of a checkpoint, and say what has changed since then.
 
     Args:

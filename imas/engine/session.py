@@ -114,9 +114,9 @@ class Session:
             self._same_seed(mark)
             log.info("stage %s is done: %s", stage, config.snapshot_dir)
             return config
-        self._check_labels(config, lists)
         if stage and distributed.any_rank(self.interruption.asked(0), self.device):
             raise Interrupted(f"before stage {stage}")
+        self._check_labels(config, lists)
         start = start or (None if config.trainer.start_from is None else Path(config.trainer.start_from))
         torch.manual_seed(self.seed)
         method = self.build(config, kind, found is None and start is None)
@@ -136,7 +136,7 @@ class Session:
             by_hand=self.resume not in ("auto", "never"),
             momentum=None if found is not None or momentum is None else (start, momentum),
             keep=keep,
-        )  # fmt: skip
+        )
         if distributed.is_main():
             self.finish(config)
             if stage:
