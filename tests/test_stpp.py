@@ -250,7 +250,7 @@ def test_labels_from_elsewhere(recipe: Experiment, straight: Path, tmp_path: Pat
     assert all(torch.equal(ours["model_state"][key], value) for key, value in theirs["model_state"].items())
 
     path = recipe("missing", {"pseudo_labels": str(tmp_path / "nowhere")}, stages="last")
-    with pytest.raises(UserError, match="16 files of the unlabeled images and their labels in .*nowhere cannot"):
+    with pytest.raises(UserError, match="16 of the 16 unlabeled images and their labels in .*nowhere cannot"):
         train_semi.main(["--config", str(path)])
     assert not (path.parent / "log").exists()
 
