@@ -30,7 +30,7 @@ from imas import distributed, load_config
 from imas.data.dataset import Draw
 from imas.data.lists import read_lists
 from imas.data.loaders import TrainingData
-from imas.engine import checkpoint, lock
+from imas.engine import checkpoint, lock, provenance
 from imas.engine.checkpoint import Resumed
 from imas.engine.interrupt import Interrupted, Interruption, interruptible
 from imas.engine.run import resume
@@ -183,22 +183,20 @@ def test_another_number_of_processes_within_an_epoch(
 
     step = step * 2 // before  # of 20 or 10 updates
     seen = draws(before, 0)[: step * 4 * before]
-    found = Resumed(1, None, step, 20 // before, 4 * before, before, {"metrics": [], "scores": [[]] * before})
+    found = Resumed(
+        1, None, step, 20 // before, 4 * before, before, {"metrics": [], "scores": [[]] * before},
+        config=config.to_dict(), run=provenance.describe(config, lists, 0, before),
+    )  # fmt: skip
     run = SimpleNamespace(
-        config=config,
-        data=range(20 // after),
-        method=None,
-        optimizer=None,
-        seed=0,
-        meter=SimpleNamespace(),
-        device="cpu",
-    )
+        config=config, description=found.run, data=range(20 // after), seed=0, device="cpu", meter=SimpleNamespace(),
+        method=None, optimizer=None,
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "resume", lambda *_: found)
         patch.setattr(distributed, "world_size", lambda: after)
         caplog.set_level(logging.INFO, "imas")
         logging.getLogger("imas").propagate = True
-        resume(run, Path("ckpt.pth"))
+        resume(run, Path("ckpt.pth"), by_hand=False)
     rest = draws(after, run.step)
     again = len(seen) + len(rest) - 80
     assert 0 <= again < 4 * after and set(seen) | set(rest) == set(draws(1, 0))
@@ -280,20 +278,14 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(experiment: Experiment,
         assert start in each.stderr, each.stderr
 
 
-def test_a_rank_that_comes_twice_is_refused(experiment: Experiment) -> None:
-    """Two runs on one address: no rank of one trains with a rank of the other."""
-    config, other = experiment(), experiment("other")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    first = start("train_semi.py", "--config", config, RANK="1", **where)
-    second = start("train_semi.py", "--config", other, "--seed", "1", RANK="1", **where)
-    main = start("train_semi.py", "--config", config, RANK="0", **where)
-    ended = [(process.communicate(timeout=120), process.returncode) for process in (first, second, main)]
-    errors = "".join(err for (_, err), _ in ended)
-    assert "rank 1 is here already (" in errors and 2 in (ended[0][1], ended[1][1])
-    assert ended[1][1] != 0  # it has no rank 0 of its own
-    assert ended[2][1] == ended[0][1]
+def test_a_rank_that_comes_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where two runs have one address: no rank of one trains with a rank of the other."""
+    monkeypatch.setattr(distributed, "_store", torch.distributed.FileStore(str(tmp_path / "store"), 2))
+    distributed._come_once(1)
+    distributed._come_once(0)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with pytest.raises(UserError, match=r"rank 1 is here already \(.*, pid .*\): another run uses this address"):
+        distributed._come_once(1)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])

@@ -114,8 +114,9 @@ def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> No
     for epoch in range(run.epoch, epochs):
         evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
         with _saved(run):
-            with precision.tuned_kernels():
-                row = _train_epoch(run, wrapped, run_log, bar, epoch)
+            updates = data.epoch(epoch, method.needs_unlabeled(epoch), run.step)
+            with precision.tuned_kernels(), contextlib.closing(updates):  # its workers end, however the epoch ends
+                row = _train_epoch(run, wrapped, run_log, bar, epoch, updates)
             if evaluates:  # a run that ends here has done all updates of the epoch, and not yet its end
                 bar.clear()
                 distributed.same_buffers(method)
@@ -180,7 +181,9 @@ def _announce(run: Run, run_log: RunLog) -> None:
     log.info("%s, %s", provenance.in_numbers(config, lists, len(run.data), world), run.device)
 
 
-def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int) -> dict[str, float]:
+def _train_epoch(
+    run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch: int, data: Iterator
+) -> dict[str, float]:
     """One epoch of ``wrapped``, the method as the processes share it; gives its row of ``training.csv``."""
     config, method, length = run.config, run.method, len(run.data)
     normalise = Normalise(config.dataset.mean, config.dataset.std, run.device)
@@ -188,8 +191,7 @@ def _train_epoch(run: Run, wrapped: nn.Module, run_log: RunLog, bar: tqdm, epoch
     replaced: Counter[str] = Counter()
     method.train()
     clock, pace = Clock(), distributed.Pace(run.device)
-    updates = clock.waits(run.data.epoch(epoch, method.needs_unlabeled(epoch), run.step))
-    for step, batches in enumerate(updates, run.step):
+    for step, batches in enumerate(clock.waits(data), run.step):
         iteration = epoch * length + step
         run.stop_if_asked(iteration)
         for problem in filter(None, chain(*(batch["skipped"] for batch in batches))):
