@@ -1,9 +1,9 @@
 """Peak memory of a process in one training step of a recipe, on random images.
 
-    python -m benchmarks.memory exps/pascal_psmt/config.yaml --set net.encoder.type=resnet50 --set dataset.train.crop.size=257
+    python -m benchmarks.memory exps/pascal_psmt/config.yaml --set dataset.train.crop.size=257
 
-On a CPU it is the process's own peak, on a GPU what was allocated there. No data and no weight file is read. Of a method that
-trains in stages it is the method of the main one.
+On a CPU it is the process's own peak, on a GPU the memory allocated there. No data and no weight file is read. Of a method
+that trains in stages it is the step of the main one.
 """
 
 from __future__ import annotations
