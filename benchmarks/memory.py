@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory exps/pascal_psmt/config.yaml --set dataset.train.crop.size=257
 
-On a CPU it is the process's own peak, on a GPU the memory allocated there. No data and no weight file is read. Of a method
-that trains in stages it is the step of the main one.
+On a CPU it is the process's own peak, on a GPU the memory allocated there. Neither data nor weights are read.
+The step of a staged method is that of its main stage.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from imas.engine import precision
 from imas.engine.optim import build_optimizer, param_groups
 from imas.engine.run import to_device
 from imas.methods.base import Method
+from imas.methods.u2pl import U2PL
 from imas.models.sync_bn import synchronise
 from imas.schema import Wants
 
@@ -33,6 +34,10 @@ torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]  # which torch.auto
 CPUGenerator = torch.Generator
 torch.Generator = lambda device="cpu": CPUGenerator()  # that of the device would need its random numbers
 GPU, SIDE = torch.device("gpu", 0), 65
+
+# U2PL draws on the device, whose generator is not there.
+U2PL.draw = lambda self, count, shape, generator: torch.zeros(shape, dtype=torch.int64, device=GPU)
+U2PL.choose = lambda self, count, cap, generator: torch.zeros(min(count, cap), dtype=torch.int64, device=GPU)
 
 # Two processes, as far as SyncBatchNorm sees.
 distributed.world_size = lambda: 2
@@ -92,6 +97,8 @@ def batch_of(wants: Wants, size: int) -> dict[str, Any]:
     if wants.unlabeled:
         real, index = torch.zeros(size, 2, dtype=torch.int64), torch.arange(size)
         batch["unlabeled"] = {"weak": views(1)[0], "strong": views(wants.strong), "real": real, "index": index}
+        if wants.pseudo_label:
+            batch["unlabeled"]["label"] = label
     return batch
 
 
