@@ -21,6 +21,7 @@ import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and the scripts under test would inherit that
 
 TINY = {
     "imas": {

@@ -283,11 +283,11 @@ def test_two_ranks_have_the_same_weights(written: Callable[..., Path], tmp_path:
         from imas import distributed
         from imas.engine import fit
         evaluation = fit.Evaluation.__call__
-        def evaluate(self, networks):
+        def evaluate(self, networks, stop=None):
             states = {{name: network.state_dict() for name, network in networks.items()}}
             stage = self.config.stage
             torch.save(states, f"{{sys.argv[1]}}.{{stage}}.{{distributed.rank()}}")
-            return evaluation(self, networks)
+            return evaluation(self, networks, stop)
         fit.Evaluation.__call__ = evaluate
         settings = ["--set", "trainer.epochs=2", "--set", "dataset.train.batch_size=2"]
         train_semi.main(["--config", sys.argv[2], *settings])

@@ -56,7 +56,7 @@ def _operations(span: float, fall: float, least: int) -> dict[str, Operation]:
 
 
 OPERATIONS = _operations(0.999, 0.85, 0)  # of iMAS (spec, Strong augmentation)
-NARROW_OPERATIONS = _operations(1.0, 0.9, 1)  # of AugSeg (spec, Views): no inversion
+NARROW_OPERATIONS = _operations(1.0, 0.9, 1)  # of AugSeg: no inversion
 del NARROW_OPERATIONS["invert"]
 
 

@@ -328,7 +328,7 @@ def adversarial_noise(
     """The noise of norm ε that changes most what the mean logits of the decoders say (T-VAT, one power iteration).
 
     The release has ξ = 1e-6, at which the gradient is below the 1e-8 that its norm is divided by, and below float32's
-    rounding: its noise is next to none. ξ = 0.1 gives the direction that is meant to four digits (spec, T-VAT).
+    rounding: its noise is next to none. ξ = 0.1 gives the direction that is meant to four digits (docs/methods.md).
 
     Args:
         features: (B, K, h, w); no gradient reaches them.
