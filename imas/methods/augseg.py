@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.ema import make_teacher, teacher_decay, update_teacher
 from ..ops import mixing
 from ..ops.losses import consistency_loss
 from ..ops.pseudo import Prediction, class_shares, label_shares, predict_scored
 from ..schema import FRACTION, NOT_NEGATIVE, Config, Wants
 from ..strict import option
-from .base import Labeled, Method, NewNetwork, Progress, Step, Supervised, Unlabeled
+from .base import Labeled, Progress, Step, StudentTeacher, Unlabeled
 
 _IGNORED = 255  # in pseudo labels
 
@@ -52,15 +51,10 @@ class Mixed(NamedTuple):
     injected: Tensor  # (B,) bool, whether the image's candidate has a labeled patch
 
 
-class AugSeg(Method):
+class AugSeg(StudentTeacher):
     """Student and EMA teacher; the less the teacher is sure of an image, the more often it gets a labeled patch."""
 
     Options = Options
-
-    def __init__(self, options: Options, new_network: NewNetwork, supervised: Supervised) -> None:
-        super().__init__(options, new_network, supervised)
-        self.student = new_network()
-        self.teacher = make_teacher(self.student)
 
     @classmethod
     def wants(cls, options: Options) -> Wants:
@@ -68,14 +62,10 @@ class AugSeg(Method):
 
     @classmethod
     def check(cls, config: Config) -> dict[str, str]:
-        warm_up, epochs, problems = config.options.sup_only_epoch, config.trainer.epochs, {}
+        problems = super().check(config)
         if config.dataset.train.strong_aug is None:
             problems["dataset.train.strong_aug"] = (
                 "missing; augseg trains on strong views: {type: narrow_pool, num_augs: 3, random_number: true}"
-            )
-        if warm_up >= epochs:
-            problems["augseg.sup_only_epoch"] = (
-                f"expected fewer than the {epochs} epochs, got {warm_up}: no epoch would use unlabeled images"
             )
         return problems
 
@@ -176,27 +166,6 @@ class AugSeg(Method):
         partner, uniform = (drawn.to(strong.device, non_blocking=True) for drawn in (partner, uniform))
         return Draws(partner, *boxes, uniform)
 
-    def needs_unlabeled(self, epoch: int) -> bool:
-        return epoch >= self.options.sup_only_epoch
-
-    def after_step(self, progress: Progress) -> dict[str, float]:
-        """Step 11: the teacher's update."""
-        decay = teacher_decay(
-            progress.epoch,
-            progress.iteration,
-            progress.iterations_per_epoch,
-            self.options.sup_only_epoch,
-            self.options.ema_decay,
-        )
-        update_teacher(self.teacher, self.student, decay)
-        return {"decay": decay}
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher, "student": self.student}
-
-    def trained(self) -> dict[str, nn.Module]:
-        return {"student": self.student}
-
     def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
         if unlabeled is None:
             return {}
@@ -210,8 +179,3 @@ class AugSeg(Method):
             "pseudo label (grey: unsure)": label.masked_fill(confidence < self.options.threshold, _IGNORED),
             "score": score,
         }
-
-    def train(self, mode: bool = True) -> AugSeg:
-        super().train(mode)
-        self.teacher.eval()
-        return self

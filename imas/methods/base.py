@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.deeplabv3plus import DeepLabV3Plus
+from ..models.ema import make_teacher, teacher_decay, update_teacher
 from ..schema import Config, Wants
 
 if TYPE_CHECKING:
@@ -126,3 +127,48 @@ class Method(nn.Module):
         (B, H, W) integers, classes or 255; (B, H, W) bool, marked pixels; (B,) a number for each image.
         """
         return {}
+
+
+class StudentTeacher(Method):
+    """A student that is trained, and its moving average in eval mode; supervised warm-up comes first.
+
+    Its options have ``sup_only_epoch`` and ``ema_decay``: see ``models.ema.teacher_decay``.
+    """
+
+    def __init__(self, options: Any, new_network: NewNetwork, supervised: Supervised) -> None:
+        super().__init__(options, new_network, supervised)
+        self.student = new_network()
+        self.teacher = make_teacher(self.student)
+
+    @classmethod
+    def check(cls, config: Config) -> dict[str, str]:
+        epochs, warm_up = config.trainer.epochs, config.options.sup_only_epoch
+        if warm_up < epochs:
+            return {}
+        problem = f"expected fewer than the {epochs} epochs, got {warm_up}: no epoch would use unlabeled images"
+        return {f"{config.method}.sup_only_epoch": problem}
+
+    def needs_unlabeled(self, epoch: int) -> bool:
+        return epoch >= self.options.sup_only_epoch
+
+    def decay(self, progress: Progress) -> float:
+        """The decay of the teacher's update after this iteration."""
+        now = progress.epoch, progress.iteration, progress.iterations_per_epoch
+        return teacher_decay(*now, self.options.sup_only_epoch, self.options.ema_decay)
+
+    def after_step(self, progress: Progress) -> dict[str, float]:
+        """Step 11: the teacher's update."""
+        decay = self.decay(progress)
+        update_teacher(self.teacher, self.student, decay)
+        return {"decay": decay}
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher, "student": self.student}
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"student": self.student}
+
+    def train(self, mode: bool = True) -> StudentTeacher:
+        super().train(mode)
+        self.teacher.eval()
+        return self

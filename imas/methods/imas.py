@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.ema import make_teacher, teacher_decay, update_teacher
 from ..ops import mixing
 from ..ops.hardness import Hardness, score_predictions
 from ..ops.losses import consistency_loss
 from ..ops.pseudo import Prediction, class_shares, label_shares, predict
 from ..schema import FRACTION, NOT_NEGATIVE, Config, Wants
 from ..strict import option
-from .base import Labeled, Method, NewNetwork, Progress, Step, Supervised, Unlabeled
+from .base import Labeled, Progress, Step, StudentTeacher, Unlabeled
 
 
 def _ordered(pair: Any) -> Any:
@@ -75,15 +74,10 @@ class Views(NamedTuple):
     mixed: Mixed | None  # None where CutMix does not fire
 
 
-class IMAS(Method):
+class IMAS(StudentTeacher):
     """Student and EMA teacher; the score h of an image steers its augmentation and weighs its loss."""
 
     Options = Options
-
-    def __init__(self, options: Options, new_network: NewNetwork, supervised: Supervised) -> None:
-        super().__init__(options, new_network, supervised)
-        self.student = new_network()
-        self.teacher = make_teacher(self.student)
 
     @classmethod
     def wants(cls, options: Options) -> Wants:
@@ -91,12 +85,7 @@ class IMAS(Method):
 
     @classmethod
     def check(cls, config: Config) -> dict[str, str]:
-        options, epochs, problems = config.options, config.trainer.epochs, {}
-        if options.sup_only_epoch >= epochs:
-            problems["imas.sup_only_epoch"] = (
-                f"expected fewer than the {epochs} epochs, got {options.sup_only_epoch}: no epoch would use unlabeled "
-                "images"
-            )
+        options, problems = config.options, super().check(config)
         if options.hardness is not None and options.hardness.scale_box and options.hardness.gaussian_box:
             problems["imas.hardness.gaussian_box"] = "cannot be combined with scale_box"
         return problems
@@ -225,27 +214,6 @@ class IMAS(Method):
         """Consistency loss of (B, C, h, w) logits before the last resize (spec, step 9)."""
         return consistency_loss(coarse, pseudo.label, pseudo.confidence, self.options.threshold, weight)
 
-    def needs_unlabeled(self, epoch: int) -> bool:
-        return epoch >= self.options.sup_only_epoch
-
-    def after_step(self, progress: Progress) -> dict[str, float]:
-        """Step 11: the teacher's update."""
-        decay = teacher_decay(
-            progress.epoch,
-            progress.iteration,
-            progress.iterations_per_epoch,
-            self.options.sup_only_epoch,
-            self.options.ema_decay,
-        )
-        update_teacher(self.teacher, self.student, decay)
-        return {"decay": decay}
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher, "student": self.student}
-
-    def trained(self) -> dict[str, nn.Module]:
-        return {"student": self.student}
-
     def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
         if unlabeled is None:
             return {}
@@ -262,8 +230,3 @@ class IMAS(Method):
         columns["agreement (red: they differ)"] = student.label != teacher.label
         columns["score"] = hardness.score
         return columns
-
-    def train(self, mode: bool = True) -> IMAS:
-        super().train(mode)
-        self.teacher.eval()
-        return self

@@ -9,17 +9,17 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import distributed
 from ..models.deeplabv3plus import DeepLabV3Plus
-from ..models.ema import make_teacher, teacher_decay, update_teacher
+from ..models.ema import update_teacher
 from ..ops import contrast, mixing
 from ..ops.losses import pixel_cross_entropy
 from ..ops.pseudo import Prediction, class_shares, label_shares, predict
 from ..schema import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Config, Wants
 from ..strict import option
-from .base import Labeled, Method, NewNetwork, Progress, Step, Supervised, Unlabeled
+from .base import Labeled, NewNetwork, Progress, Step, StudentTeacher, Supervised, Unlabeled
 
 _PERCENT = (lambda value: 0 <= value <= 100, "a number between 0 and 100")
 _IGNORED = 255  # in pseudo labels
@@ -72,7 +72,7 @@ class Sure(NamedTuple):
     high: Tensor  # the highest, negatives
 
 
-class U2PL(Method):
+class U2PL(StudentTeacher):
     """Student, and an EMA teacher whose BatchNorm has statistics of its own; both with a representation head."""
 
     Options = Options
@@ -80,8 +80,6 @@ class U2PL(Method):
 
     def __init__(self, options: Options, new_network: NewNetwork, supervised: Supervised) -> None:
         super().__init__(options, new_network, supervised)
-        self.student = new_network()
-        self.teacher = make_teacher(self.student)
         self.banks: list[Tensor] = []  # of each class, (N, D), the oldest key first; the same on all ranks
 
     @classmethod
@@ -90,7 +88,7 @@ class U2PL(Method):
 
     @classmethod
     def check(cls, config: Config) -> dict[str, str]:
-        options, classes, epochs, problems = config.options, config.net.num_classes, config.trainer.epochs, {}
+        options, classes, problems = config.options, config.net.num_classes, super().check(config)
         low, high = options.contrastive.low_rank, options.contrastive.high_rank
         if config.net.embedding is None:
             problems["net.embedding"] = "missing; u2pl compares representations of pixels, of this width (256)"
@@ -101,11 +99,6 @@ class U2PL(Method):
             )
         elif high <= low:
             problems["u2pl.contrastive.high_rank"] = f"expected more than low_rank, {low}, got {high}"
-        if options.sup_only_epoch >= epochs:
-            problems["u2pl.sup_only_epoch"] = (
-                f"expected fewer than the {epochs} epochs, got {options.sup_only_epoch}: no epoch would use unlabeled "
-                "images"
-            )
         if options.sup_only_epoch and config.dataset.train.batch_size == 1 and not config.net.sync_bn:
             problems["dataset.train.batch_size"] = (
                 "expected at least 2, got 1: BatchNorm cannot train on one image, as in u2pl.sup_only_epoch"
@@ -292,16 +285,10 @@ class U2PL(Method):
             return torch.arange(count, device=generator.device)
         return torch.randperm(count, generator=generator, device=generator.device)[:cap].sort().values
 
-    def needs_unlabeled(self, epoch: int) -> bool:
-        return epoch >= self.options.sup_only_epoch
-
     def after_step(self, progress: Progress) -> dict[str, float]:
         """The teacher's update: parameters alone, except in warm-up. Through epoch E0 it is the student's (step 2)."""
-        warm_up = self.options.sup_only_epoch
-        decay = teacher_decay(
-            progress.epoch, progress.iteration, progress.iterations_per_epoch, warm_up, self.options.ema_decay
-        )
-        update_teacher(self.teacher, self.student, decay, buffers=progress.epoch < warm_up)
+        decay = self.decay(progress)
+        update_teacher(self.teacher, self.student, decay, buffers=not self.needs_unlabeled(progress.epoch))
         return {"decay": decay, "keys": float(sum(map(len, self.banks)))}
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -314,12 +301,6 @@ class U2PL(Method):
     def extra_bytes(self) -> int:
         width, options = self.student.decoder.representation[-1].out_channels, self.options.contrastive
         return 4 * width * (options.first_capacity + (self.student.num_classes - 1) * options.capacity)
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"teacher": self.teacher, "student": self.student}
-
-    def trained(self) -> dict[str, nn.Module]:
-        return {"student": self.student}
 
     def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
         """Entropies are of the eval mode here, without CutMix: a pass in train mode would change the teacher, and wait
@@ -339,11 +320,6 @@ class U2PL(Method):
             "positives (red)": sure.low,
             "negatives (red)": sure.high,
         }
-
-    def train(self, mode: bool = True) -> U2PL:
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
 
 def _pixels(network: DeepLabV3Plus, images: Tensor) -> Pixels:

@@ -112,10 +112,8 @@ def _sent(numbers: Tensor, device: torch.device | str) -> Tensor:
 def centred_boxes(height: int, width: int, side: float, rows: Tensor, columns: Tensor) -> Tensor:
     """The boxes of ``cutmix_mask`` around given centres, each (B,) int64; an odd side loses a pixel."""
     half_h, half_w = int(height * side) // 2, int(width * side) // 2
-    rows, columns = rows.view(-1, 1, 1), columns.view(-1, 1, 1)
-    y = torch.arange(height, device=rows.device).view(1, -1, 1)
-    x = torch.arange(width, device=rows.device).view(1, 1, -1)
-    return (y >= rows - half_h) & (y < rows + half_h) & (x >= columns - half_w) & (x < columns + half_w)
+    boxes = torch.stack([rows - half_h, columns - half_w, rows + half_h, columns + half_w], dim=1)
+    return box_mask(boxes, height, width)
 
 
 def area_box(height: int, width: int, draw: Callable[[], float]) -> tuple[int, int, int, int]:
@@ -150,11 +148,8 @@ def area_mask(
         return torch.rand((), generator=generator, dtype=torch.float64).item()
 
     boxes = [area_box(height, width, draw) if draw() < probability else (0, 0, 0, 0) for _ in range(batch)]
-    top, left, box_height, box_width = _sent(torch.tensor(boxes).T, device)[..., None]  # each (B, 1)
-    rows, columns = (torch.arange(side, device=device) for side in (height, width))
-    inside_rows = (rows >= top) & (rows < top + box_height)
-    inside_columns = (columns >= left) & (columns < left + box_width)
-    return inside_rows.unsqueeze(2) & inside_columns.unsqueeze(1)
+    ends = [(top, left, top + box_height, left + box_width) for top, left, box_height, box_width in boxes]
+    return box_mask(_sent(torch.tensor(ends), device), height, width)
 
 
 def share_boxes(
@@ -230,7 +225,7 @@ def half_boxes(batch: int, height: int, width: int, generator: torch.Generator) 
 
 
 def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
-    """``half_boxes`` → (B, H, W) bool, True inside, on the device of the boxes."""
+    """(B, 4) boxes (top, left, and behind the last row and column) → (B, H, W) bool, True inside, on their device."""
     top, left, bottom, right = boxes.view(-1, 4, 1, 1).unbind(1)
     y = torch.arange(height, device=boxes.device).view(1, -1, 1)
     x = torch.arange(width, device=boxes.device).view(1, 1, -1)
