@@ -16,7 +16,7 @@ from ..models.deeplabv3plus import DeepLabV3Plus
 from ..models.ema import update_teacher
 from ..ops import contrast, mixing
 from ..ops.losses import pixel_cross_entropy
-from ..ops.pseudo import Prediction, class_shares, label_shares, predict
+from ..ops.pseudo import Prediction, logged_shares, predict
 from ..schema import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Config, Wants
 from ..strict import option
 from .base import Labeled, NewNetwork, Progress, Step, StudentTeacher, Supervised, Unlabeled
@@ -122,8 +122,7 @@ class U2PL(StudentTeacher):
         pixels = _pixels(self.student, images)
 
         # Step 5: the supervised loss.
-        coarse_aux = None if pixels.coarse_aux is None else pixels.coarse_aux[:number]
-        loss_lb = self.supervised(pixels.coarse[:number], coarse_aux, labeled.label)
+        loss_lb = self.supervised_first(pixels.coarse, pixels.coarse_aux, labeled.label)
 
         # Step 6: the unsupervised loss, of the pixels that are kept, times N/V.
         sure = self.divide(contrast.pixel_entropy(taught.coarse[number:], label.shape[-2:]), progress)
@@ -139,15 +138,12 @@ class U2PL(StudentTeacher):
             )
 
         pseudo = Prediction(label, sure.kept.float())
-        confident, predicted = class_shares(pseudo, 0.5, self.student.num_classes)
         scalars = {
             "loss_lb": loss_lb.detach(),
             "loss_ub": loss_ub.detach(),
             "loss_contrastive": loss_contrastive.detach(),
             "pseudo": kept / label.numel(),
-            "confident": confident,
-            "predicted": predicted,
-            "labeled": label_shares(labeled.label, self.student.num_classes),
+            **logged_shares(pseudo, 0.5, labeled.label, self.student.num_classes),
         }
         return Step(loss_lb + loss_ub + loss_contrastive, scalars)  # step 8 is the engine's
 

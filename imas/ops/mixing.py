@@ -232,11 +232,6 @@ def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
 
-def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
-    """``base`` with each image's box taken from its partner: (B, …, H, W), (B,) int64, (B, H, W) bool."""
-    return put(base, base[partner], mask)
-
-
 def put(base: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
     """``base`` with what ``patch`` has inside the mask: both (B, …, H, W), the mask (B, H, W) bool."""
     return torch.where(mask.unsqueeze(1) if base.ndim == 4 else mask, patch, base)
