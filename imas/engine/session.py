@@ -27,7 +27,7 @@ from .precision import prepare_network
 
 log = logging.getLogger("imas")
 
-_DONE = "done"  # the file that marks a finished stage, beside its checkpoints; it tells the seed
+_DONE = "done"  # the file that marks a finished stage, beside its checkpoints; the seed is in it
 
 
 class Session:

@@ -154,8 +154,8 @@ class FixMatch(Method):
         own, theirs, boxes, strong = self.prepared(unlabeled, progress.generator)
         own = own or self.predicted(self.student, unlabeled)
         columns = {"weak view": unlabeled.weak, "pseudo label (grey: unsure)": self._sure(own)}
-        for number, (image, box) in enumerate(zip(strong, boxes, strict=True), 1):
-            which = f" {number}" if len(strong) > 1 else ""
+        for i, (image, box) in enumerate(zip(strong, boxes, strict=True), 1):
+            which = f" {i}" if len(strong) > 1 else ""
             columns[f"CutMix view{which}"] = image
             columns[f"its label{which}"] = self._sure(mixed(own, theirs, box))
         return columns

@@ -174,7 +174,7 @@ class PSMT(Method):
         aux_logits = self.student.auxiliary(x3) if aux else None
         if not self.options.vat.enabled:
             return self.student.classify(fused), aux_logits
-        # In float32 whatever autocast says, the student's classifier, too: an entry of the noise is about a thousandth
+        # In float32 also under autocast, the student's classifier, too: an entry of the noise is about a thousandth
         # of one of the features, and bfloat16 would keep half of it.
         classifiers = self.teacher1.decoder.classifier, self.teacher2.decoder.classifier
         with torch.autocast(images.device.type, enabled=False), evaluating(*classifiers):
