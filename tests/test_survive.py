@@ -32,6 +32,7 @@ from imas.data.dataset import Draw
 from imas.data.lists import read_lists
 from imas.data.loaders import TrainingData
 from imas.engine import checkpoint, fit, lock, provenance
+from imas.engine.checkpoint import Resumed
 from imas.engine.interrupt import Interrupted, Interruption, interruptible
 from imas.engine.run import resume
 from imas.errors import UserError
@@ -184,13 +185,12 @@ def test_another_number_of_processes_within_an_epoch(
 
     step = step * 2 // before  # of 20 or 10 updates
     seen = draws(before, 0)[: step * 4 * before]
-    description = provenance.describe(config, lists, 0, before)
-    found = {
-        "epoch": 1, "step": step, "iterations_per_epoch": 20 // before, "config": config.to_dict(), "run": description,
-        "partial": {"metrics": [], "scores": [[]] * before},
-    }  # fmt: skip
+    found = Resumed(
+        1, None, step, 20 // before, 4 * before, before, {"metrics": [], "scores": [[]] * before},
+        config=config.to_dict(), run=provenance.describe(config, lists, 0, before),
+    )  # fmt: skip
     run = SimpleNamespace(
-        config=config, description=description, data=range(20 // after), seed=0, device="cpu", meter=SimpleNamespace(),
+        config=config, description=found.run, data=range(20 // after), seed=0, device="cpu", meter=SimpleNamespace(),
         method=None, optimizer=None,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -191,14 +191,27 @@ def start_from(networks: dict[str, nn.Module], path: str | Path) -> None:
     log.info("training starts from the networks of %s (epoch %s)", path, state.get("epoch"))
 
 
-def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: int) -> dict[str, Any]:
+class Resumed(NamedTuple):
+    """How far an interrupted run was."""
+
+    epoch: int  # epochs done
+    best: dict[str, float] | None  # best mIoU in percent of each network
+    step: int = 0  # updates done in the epoch after these
+    length: int | None = None  # updates of an epoch
+    batch: int = 0  # images of an update, of all processes
+    world: int = 1  # processes
+    partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
+    scaler: dict[str, Any] | None = None  # of fp16
+    rates: dict[str, float] | None = None  # what the method's last update gave for the log
+    config: dict[str, Any] | None = None  # the recipe
+    run: dict[str, Any] | None = None  # what ``provenance.describe`` gave
+
+
+def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: int) -> Resumed:
     """Load a run's method and momentum. Rates come from the configuration.
 
     A checkpoint of the authors' code has neither our best figures nor, always, the order of our parameters: what cannot
-    be taken over is logged.
-
-    Returns:
-        What the checkpoint holds (``run.save``), of which ``epoch`` is sure to be there.
+    be taken over is said.
 
     Raises:
         UserError: see ``read`` and ``load_network``; a checkpoint without its epoch, or of a run with another seed.
@@ -217,9 +230,13 @@ def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: i
     _load_momentum(optimizer, state.get("optimizer_state"), path)
     if "best" not in state:  # None in ours, before the first evaluation
         log.warning("%s tells no best mIoU of ours: the best starts anew", path)
-    step = state.get("step", 0)
+    description = state.get("run", {})
+    step, world, batch = state.get("step", 0), description.get("processes", 1), description.get("total_batch", 0)
     log.info("resumed after epoch %d%s from %s", state["epoch"] - 1, f" and {step} updates" if step else "", path)
-    return state
+    length = state.get("iterations_per_epoch")
+    partial, scaler = state.get("partial"), state.get("scaler_state")
+    rates, config, run = (state.get(key) for key in ("rates", "config", "run"))
+    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, rates, config, run)
 
 
 def _read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:

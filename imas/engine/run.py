@@ -126,44 +126,42 @@ def resume(run: Run, path: Path, by_hand: bool = False) -> None:
         UserError: it cannot be used; it is of another recipe, unless by hand.
     """
     found = checkpoint.resume(path, run.method, run.optimizer, run.seed)
-    best, step, before, carried = (found.get(key) for key in ("best", "step", "run", "config"))
-    recipe: list[str] = []
-    if carried and "method" not in carried:  # else of version 0.1, whose keys had other names
-        recipe = provenance.changes(carried, run.config.to_dict())
+    best, recipe = found.best, []
+    if found.config and "method" not in found.config:  # else of version 0.1, whose keys had other names
+        recipe = provenance.changes(found.config, run.config.to_dict())
     if not by_hand and any(map(provenance.steers, recipe)):
         raise UserError(
             "\n  ".join([f"{path} is of another recipe. To go on with this one nevertheless: --resume {path}", *recipe])
         )
-    if changed := [*recipe, *(provenance.surroundings_changed(before, run.description) if before else ())]:
+    if changed := [*recipe, *(provenance.surroundings_changed(found.run, run.description) if found.run else ())]:
         log.warning("%s", "\n  ".join(["changed since the checkpoint:", *changed]))
-    if best and provenance.val_list(before) != provenance.val_list(run.description):
+    if best and provenance.val_list(found.run) != provenance.val_list(run.description):
         log.warning(
             "the best mIoU until now (%.2f) is of another val list: the best starts anew", next(iter(best.values()))
         )
         best = None
     world, length = distributed.world_size(), len(run.data)
-    world_before, length_before = (before or {}).get("processes", 1), found.get("iterations_per_epoch")
-    if step and (world_before, length_before) != (world, length):
+    step = found.step
+    if step and (found.world, found.length) != (world, length):
         # Images are dealt to the ranks in turn: those of the updates done are the first of the epoch's order.
-        batch_before, batch = (before or {}).get("total_batch", 0), total_batch(run.config, world)
-        seen = step * batch_before
+        seen, batch = step * found.batch, total_batch(run.config, world)
         step = min(seen // batch, length)
         log.warning(
             "%s: is from within an epoch of %d updates of %d images; of the %d images seen the last %d are seen again, "
             "and update %d of %d comes next",
-            path, length_before, batch_before, seen, max(seen - step * batch, 0), step + 1, length,
+            path, found.length, found.batch, seen, max(seen - step * batch, 0), step + 1, length,
         )  # fmt: skip
-    if (found["epoch"] or step) and world_before != world:
+    if (found.epoch or found.step) and found.world != world:
         log.warning(
             "the run was on %d process(es) until now and goes on with %d: it is no longer bitwise the same run",
-            world_before, world,
+            found.world, world,
         )  # fmt: skip
-    run.epoch, run.step, run.best, run.rates = found["epoch"], step or 0, best, found.get("rates") or {}
-    if found.get("scaler_state"):
-        run.scaler.load_state_dict(found["scaler_state"])
-    if partial := found.get("partial"):
-        run.meter.read = partial["metrics"]
-        scores = partial["scores"] if world_before == world else [sum(partial["scores"], [])]
+    run.epoch, run.step, run.best, run.rates = found.epoch, step, best, found.rates or {}
+    if found.scaler:
+        run.scaler.load_state_dict(found.scaler)
+    if found.partial is not None:
+        run.meter.read = found.partial["metrics"]
+        scores = found.partial["scores"] if found.world == world else [sum(found.partial["scores"], [])]
         mine = scores[distributed.rank()] if distributed.rank() < len(scores) else []
         run.scores = [(index.to(run.device), score.to(run.device)) for index, score in mine]
 
