@@ -19,18 +19,26 @@ from torchvision import transforms
 
 from imas.config import load_config
 from imas.data import strong
-from imas.data.catalog import CITYSCAPES, PASCAL, cityscapes_files, cityscapes_labels, pascal_files
+from imas.data.catalog import (
+    CAMVID,
+    CITYSCAPES,
+    PASCAL,
+    cityscapes_files,
+    cityscapes_labels,
+    open_source,
+    pascal_files,
+)
 from imas.data.check import check_data
 from imas.data.dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
 from imas.data.lists import read_list, read_lists
 from imas.data.loaders import EpochSampler, TrainingData, evaluation_batches, evaluation_loader, oversample
 from imas.data.normalise import Normalise
-from imas.data.source import FileSource, ShapesSource
+from imas.data.source import DataError, FileSource, ShapesSource
 from imas.data.strong import KINDS, OPERATIONS, strong_view
 from imas.data.weak import resized_size, weak_view
 from imas.engine.run import to_device
 from imas.errors import UserError
-from imas.schema import Config, StrongAug
+from imas.schema import Config, Dataset, StrongAug, TrainData
 
 CITY_NAME = "leftImg8bit/train/hamburg/hamburg_000000_080169_leftImg8bit.png"
 CITY_MASK = "gtFine/train/hamburg/hamburg_000000_080169_gtFine_{}.png"
@@ -190,6 +198,23 @@ def test_cityscapes_reads_raw_ids_through_the_standard_map(tmp_path: Path) -> No
     expected = [order.index(value) if value in TRAINED_IDS else 255 for value in ids.ravel().tolist()]
     assert label.ravel().tolist() == expected
     assert CITYSCAPES.class_names == tuple(TRAINED_IDS.values())
+
+
+def test_camvid_reads_masks_beside_the_folders_of_images(tmp_path: Path) -> None:
+    """``train/a.png`` has the mask ``trainannot/a.png``; 11 is ignored by whatever number."""
+    mask = np.array([[0, 10, 11]], dtype=np.uint8)
+    _save(tmp_path / "train/a.png", _noise(1, 3))
+    _save(tmp_path / "trainannot/a.png", mask)
+    for ignored in (11, 255):
+        source = open_source(Dataset("camvid", TrainData(), ignore_label=ignored), str(tmp_path))
+        image, label = EvaluationSet(source, ["train/a.png"])[0]
+        assert image.permute(1, 2, 0).numpy().tolist() == _noise(1, 3).tolist()
+        assert label.tolist() == [[0, 10, ignored]]
+    mask[0, 0] = 12
+    _save(tmp_path / "trainannot/a.png", mask)
+    with pytest.raises(DataError, match="trainannot/a.png.*12"):
+        EvaluationSet(source, ["train/a.png"])[0]
+    assert len(CAMVID.class_names) == len(CAMVID.palette) == 11
 
 
 def test_unlabeled_images_need_no_mask(tmp_path: Path) -> None:
