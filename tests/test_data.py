@@ -925,6 +925,19 @@ def test_epoch_size_sets_the_iterations(tmp_path: Path) -> None:
         assert len(data) == len(_batches(data, 0, True)) == iterations
 
 
+def test_with_an_epoch_size_the_baseline_sees_what_the_method_sees(tmp_path: Path) -> None:
+    """The same iterations, and the same labeled views in the same order; without it far fewer iterations."""
+    size = "dataset.train.epoch_size=20"
+    ours, baseline = _shapes_config(tmp_path, size), _shapes_config(tmp_path, size, "sup_only={}")
+    method, sup_only = (TrainingData(each, read_lists(each), seed=3, rank=0, world=1) for each in (ours, baseline))
+    assert len(method) == len(sup_only) == 10
+    for epoch in range(2):
+        seen, also = (_batches(data, epoch, data is method) for data in (method, sup_only))
+        assert _equal([batch["labeled"] for batch in seen], [batch["labeled"] for batch in also])
+    short = _shapes_config(tmp_path, "sup_only={}")
+    assert len(TrainingData(short, read_lists(short), seed=3, rank=0, world=1)) < 4
+
+
 def test_accumulated_batches_are_those_of_a_run_without(tmp_path: Path) -> None:
     """Nine images in batches of two, two an update: the first four batches, as two updates."""
     one, two = (_shapes_config(tmp_path, f"trainer.accumulate={count}") for count in (1, 2))

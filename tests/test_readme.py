@@ -22,7 +22,9 @@ import imas
 from benchmarks import picture, shapes
 from imas import load_config
 from imas.__main__ import COMMANDS as LISTED
+from imas.methods import METHODS
 
+EXPS = (ROOT / "exps" / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in ("exps", "data/splits", "pretrained", "benchmarks")]
 
@@ -92,7 +94,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.yaml").write_text(own)
     assert load_config(folder / "mine.yaml").dataset.folder.class_names == ("ground", "road", "roof")
     mine = yaml.safe_load(own)
-    mine["dataset"]["train"] |= {"batch_size": 2, "crop": {"size": 32}, "resize_base_size": 40}
+    mine["imas"]["sup_only_epoch"] = 0
+    mine["dataset"]["train"] |= {"batch_size": 2, "epoch_size": 8, "crop": {"size": 32}, "resize_base_size": 40}
     mine["dataset"]["workers"], mine["trainer"]["epochs"] = 0, 2
     mine["net"] = TINY["net"] | {"num_classes": 3}
     sup = TINY | {"trainer": {"epochs": 2, "optimizer": {"kwargs": {"lr": 0.02}}}}
@@ -339,7 +342,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_tree_names_every_file_once() -> None:
-    (tree,) = re.findall(r"```\n(imas/ops.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (tree,) = re.findall(r"```\n(imas/ops.*?)```", (ROOT / "docs/house.md").read_text(), flags=re.DOTALL)
     lines = [line for line in tree.splitlines() if not line.startswith(" ")]
     named = [line.split()[0] for line in lines]
     assert all((ROOT / name).exists() for name in named)
@@ -350,18 +353,32 @@ def test_the_tree_names_every_file_once() -> None:
     assert sorted(name for name in named if name.startswith("imas/") and name not in folders) == sorted(files)
 
 
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_the_readme_counts_the_published_rows_of_each_method() -> None:
+    folders = re.findall(r"^\| `(\w+)` \|(?!.* inferred \|$)", EXPS, flags=re.MULTILINE)
+    counts = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if len(cells := _cells(line)) == 5 and cells[3].isdecimal():
+            counts[cells[0].strip("`")] = int(cells[3])
+    words = {section: f"_{section.removesuffix('_only')}" for section in METHODS}
+    assert counts == {section: sum(word in folder for folder in folders) for section, word in words.items()}
+
+
 def test_published_figures_are_those_of_the_recipes() -> None:
-    """The README's tables of the authors' results against the table of exps/README.md, cell by cell."""
+    """The tables at a glance against the table with all of each run, cell by cell."""
     recipes = {}
-    for line in (ROOT / "exps" / "README.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    for line in EXPS.splitlines():
+        cells = _cells(line)
         if len(cells) == 10 and cells[0].startswith("`") and cells[9] != "inferred":
             figure = cells[8] if "_sup" in cells[0] else cells[7]
             recipes[cells[0].strip("`")] = figure.split()[0]
-    section = (ROOT / "README.md").read_text().split("## Published by the authors")[1].split("\n## ")[0]
+    section = EXPS.split("## Published by the authors")[1].split("\n## ")[0]
     seen = {}
     for table in re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE):
-        head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        head, _, *rows = map(_cells, table.splitlines())
         for title, *figures in rows:
             words = f"{head[0]}, {title}"
             dataset = "pascal" if "Pascal" in words else "cityscapes"
