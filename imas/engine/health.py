@@ -13,7 +13,7 @@ _EPOCHS, _ITERATIONS = 5, 50  # how long a state has to last, in both, before it
 _LITTLE = 0.01
 _DISAGREEMENT = 0.5
 _WAITING = 0.3
-_MANY, _FEW, _NONE = 2.0, 0.4, 0.05  # times the share that the labeled images have of a class
+_NONE = 0.05  # times the share that the labeled images have of a class
 _FALL = 10  # points of mIoU
 _ALIVE, _DEAD = 10, 0.5  # IoU in percent of a class before and after it died
 _GENTLER = (
@@ -73,11 +73,11 @@ class Health:
         best = self.highest.get(self.selecting, 0)
         now = self.rows[-1].get(self.selecting, best)
         died = f"; the first class to die was {self.died}" if self.died else ""
+        look = "If log/views.png shows wrong pseudo labels, " if self.config.wants.unlabeled else "Perhaps "
         if now < best - _FALL:
             return (
                 f"mIoU has fallen to {now:.1f} from {best:.1f}, of which ckpt_best.pth is: {best - now:.1f} points "
-                f"lost since the best epoch, {self.best_epoch}{died}. If log/views.png shows wrong pseudo labels, "
-                f"{self._advice(*_GENTLER)}"
+                f"lost since the best epoch, {self.best_epoch}{died}. {look}{self._advice(*_GENTLER)}"
             )
 
     def _waiting(self) -> str | None:
@@ -113,21 +113,18 @@ class Health:
             )
 
     def _collapse(self) -> str | None:
-        """A class has taken the place of at least half of the others: of their whole share in the labeled images, or
-        of much of it where the class itself has become much more.
-        """
+        """At least half of the classes have vanished, in the place of which there is another."""
         gained = {}
         for name in self.class_names:
             predicted, labeled = self._column(f"predicted/{name}"), self._column(f"labeled/{name}")
             if predicted and sum(labeled) > 0:
                 gained[name] = sum(predicted) / sum(labeled)
         onto = max(gained, key=gained.__getitem__, default="")
-        share = _FEW if gained.get(onto, 0) > _MANY else _NONE
-        lost = [name for name in gained if name != onto and gained[name] < share]
+        lost = [name for name in gained if name != onto and gained[name] < _NONE]
         if lost and 2 * len(lost) >= len(gained) - 1:
             return (
                 f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than "
-                f"{100 * share:.0f} % of what the labeled images hold, for {self.lasting} epochs: "
+                f"{100 * _NONE:.0f} % of what the labeled images hold, for {self.lasting} epochs: "
                 f"{self._advice(*_GENTLER)}"
             )
 
