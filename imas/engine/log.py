@@ -130,7 +130,7 @@ def one_line(values: Mapping[str, float]) -> str:
     words += [f"score {values['score']:.2f}"] if "score" in values else []
     words += [f"lr {value:.2g}" for name, value in values.items() if name in ("lr", "lr_encoder")]
     waiting = 100 * values["seconds_waiting"] / values["seconds"]
-    return ", ".join([*words, f"{values['seconds']:.2g} s/it", f"waits {waiting:.0f} %"])
+    return ", ".join([*words, f"{values['seconds']:.3g} s/it", f"waits {waiting:.0f} %"])
 
 
 def spoken(seconds: float) -> str:
