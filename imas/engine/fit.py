@@ -268,11 +268,16 @@ def _memory(device: torch.device) -> int:
 
 
 def _time_left(run: Run, iteration: int, seconds: float) -> str:
-    """Time until the end of training, or of its stage, roughly: iterations at this pace, and evaluations."""
+    """Time until the end of training, or of its stage, roughly: of iterations as long as lately, and evaluations.
+
+    Args:
+        seconds: an iteration took in this epoch.
+    """
     trainer, length = run.config.trainer, len(run.data)
     epoch = iteration // length
+    run.pace = seconds if run.pace is None else (run.pace + seconds) / 2
     evaluations = -(-trainer.epochs // trainer.eval_every) - epoch // trainer.eval_every
-    left = (trainer.epochs * length - iteration - 1) * seconds + evaluations * run.evaluating
+    left = (trainer.epochs * length - iteration - 1) * run.pace + evaluations * run.evaluating
     slower_later = run.method.needs_unlabeled(trainer.epochs - 1) and not run.method.needs_unlabeled(epoch)
     return "over " * slower_later + f"{spoken(left)} left" + " of this stage" * bool(run.config.stage)
 

@@ -98,8 +98,7 @@ def _facts(run: Record) -> dict[str, Any]:
     for column, (x, y) in run.curves.items():
         kind, _, network = column.partition("_")
         if kind == "miou":
-            lost = f"{max(y) - y[-1]:.2f} points lost since: {y[-1]:.2f} % in epoch {x[-1]}"
-            best = f"{max(y):.2f} % in epoch {x[y.index(max(y))]}; {lost if max(y) > y[-1] else 'the last'}"
+            best = f"{max(y):.2f} % in epoch {x[y.index(max(y))]}; last {y[-1]:.2f} %, {max(y) - y[-1]:.2f} points lost"
             facts[f"best mIoU, {NETWORK_NAMES.get(network, network)}"] = best
     facts |= {
         "measured on": ", ".join(f"{key} {value}" for key, value in protocol if value not in (None, False, [1.0])),
@@ -141,7 +140,7 @@ def _curves(runs: Runs) -> str:
 
 
 def _classes(runs: Runs) -> str:
-    """IoU of each network, and the share of each class in true pixels, pseudo labels and labeled crops; also by epoch."""
+    """IoU of each network, the share of each class in true pixels, pseudo labels and labeled crops, also by epoch."""
     columns, charts = [], ""
     for run in runs:
         of_run: dict[str, dict[str, float | None]] = {}
