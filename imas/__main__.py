@@ -16,6 +16,7 @@ COMMANDS = {
     "python train_semi.py --config CONFIG": "train; --check only looks",
     "python eval.py --checkpoint FILE": "evaluate a checkpoint; --images FOLDER --save-dir OUT predicts",
     "python -m imas.report RUN": "a run, or several side by side, as one HTML page",
+    "python -m imas.compare": "methods × seeds, and one table of them",
     "python -m imas.data check --config CONFIG": "what is wrong with the data",
     "python -m imas.data splits": "published split lists, or new ones",
     "python -m benchmarks.shapes": "what unlabeled images are worth; further ones in benchmarks/README.md",

@@ -46,6 +46,7 @@ ALLOWED = {
         "legacy",
     },
     "imas/report": {"report", "files", "errors", "legacy"},
+    "imas/compare": {"compare", "report", "config", "data", "engine", "methods", "files", "errors"},
 }
 OUTSIDE = {"torch", "torchvision", "numpy", "yaml", "PIL", "tensorboard", "tqdm"}
 
