@@ -150,7 +150,8 @@ def _with_derived(config: Config) -> Config:
     trainer = dataclasses.replace(config.trainer, optimizer=optimizer)
     train = dataclasses.replace(train, unlabeled_list=_unlabeled_beside(config) or train.unlabeled_list)
     dataset = dataclasses.replace(config.dataset, train=train)
-    return dataclasses.replace(config, dataset=dataset, trainer=trainer, criterion=criterion)
+    options = METHODS[config.method].resolved(config)
+    return dataclasses.replace(config, dataset=dataset, trainer=trainer, criterion=criterion, options=options)
 
 
 def _unlabeled_beside(config: Config) -> str | None:

@@ -99,6 +99,7 @@ class Shapes:
 
 
 _COLOUR = (lambda colour: all(0 <= value <= 255 for value in colour), "[red, green, blue], each in 0..255")
+_COLOURS = (lambda colours: all(map(_COLOUR[0], colours)), "a colour a class, [red, green, blue] in 0..255")
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,9 @@ class Folder:
     mask_suffix: str = ""  # images/a.jpg → masks/a<mask_suffix>.png
     unlabeled: str | None = None  # a folder of further images, without masks
     binary: bool = False  # masks hold 0 and 255 for the classes 0 and 1
-    palette: tuple[tuple[int, int, int], ...] | None = option(  # colours of the classes: masks are colour pictures
-        None, check=(lambda colours: all(map(_COLOUR[0], colours)), "a colour a class, [red, green, blue] in 0..255")
-    )
+    palette: tuple[tuple[int, int, int], ...] | None = option(None, check=_COLOURS)  # masks are pictures in these
     ignore_colour: tuple[int, int, int] | None = option(None, check=_COLOUR)  # of pixels to leave out, with a palette
+    colours: tuple[tuple[int, int, int], ...] | None = option(None, check=_COLOURS)  # to draw the classes in
 
 
 @dataclass(frozen=True)

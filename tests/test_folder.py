@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from imas.data.source import DataError, FileSource
 from imas.errors import ConfigError, UserError
 from imas.schema import Config
 
+PALETTE = [[9, 0, 0], [0, 250, 0], [0, 0, 70]]
 SIZE = (36, 40)  # height, width
 GREEN = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) % 251
 
@@ -240,6 +242,8 @@ def test_images_of_every_kind_are_read_as_rgb(tmp_path: Path) -> None:
         ({"folder": {"class_names": ["a", "b", "c", "d"]}}, "net.num_classes", "4 classes, got 3"),
         ({"folder": {"class_names": list("abc"), "palette": [[0, 0, 0]]}}, "dataset.folder.palette", "3 in all"),
         ({"folder": {"class_names": list("abc"), "palette": [[0, 0, 256]] * 3}}, "dataset.folder.palette", "0..255"),
+        ({"folder": {"class_names": list("abc"), "colours": [[0, 0, 0]]}}, "dataset.folder.colours", "3 in all"),
+        ({"folder": {"class_names": list("abc"), "palette": PALETTE, "colours": PALETTE}}, "dataset.folder.colours", ""),
         ({"folder": {"class_names": list("abc"), "binary": True}}, "dataset.folder.binary", "two classes"),
         ({"folder": {"class_names": list("abc"), "ignore_colour": [0] * 3}}, "dataset.folder.ignore_colour", "palette"),
         ({"folder": {"class_names": list("abc"), "masks": "images"}}, "dataset.folder.mask_suffix", "missing"),
@@ -255,6 +259,24 @@ def test_wrong_folder_sections(tmp_path: Path, edit: dict, key: str, message: st
         load_config(path)
     lines = [line for line in str(caught.value).splitlines() if f": {key}: " in line]
     assert lines and message in lines[0], caught.value
+
+
+def test_classes_are_drawn_in_colours_far_apart_or_in_those_that_are_given(tmp_path: Path) -> None:
+    for count, apart in ((3, 150), (19, 70), (255, 40)):
+        names = [f"class {number}" for number in range(count)]
+        palette = catalog_of(_config(tmp_path, folder={"class_names": names}).dataset).palette
+        colours = np.array([*palette, (0, 0, 0), (255, 255, 255)], float)
+        distances = np.linalg.norm(colours[:, None] - colours, axis=2) + 999 * np.eye(count + 2)
+        assert len(palette) == count and distances.min() > apart
+    given = _config(tmp_path, folder={"colours": PALETTE})
+    assert catalog_of(given.dataset).palette == tuple(map(tuple, PALETTE))
+
+
+def test_class_0_of_own_data_counts_in_the_score(tmp_path: Path, experiment: Callable[..., Path]) -> None:
+    path = _write(tmp_path)
+    scored = ["imas.hardness={}"], ["imas.hardness={ignore_background: true}"]
+    assert [load_config(path, words).options.hardness.ignore_background for words in scored] == [False, True]
+    assert load_config(experiment(), scored[0]).options.hardness.ignore_background is True
 
 
 def test_own_data_is_trained_and_evaluated(tmp_path: Path) -> None:

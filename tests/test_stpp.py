@@ -21,9 +21,9 @@ from imas import load_config
 from imas.config import carried_config
 from imas.data.dataset import Draw, Geometry, UnlabeledSet
 from imas.data.labels import label_path, open_labels, write_labels
-from imas.data.lists import Lists
 from imas.data.source import ShapesSource
-from imas.engine import checkpoint, session
+from imas.engine import checkpoint, inference
+from imas.engine.inference import Inference
 from imas.engine.interrupt import Interrupted, Interruption
 from imas.engine.session import Session
 from imas.errors import ConfigError, UserError, run_script
@@ -154,10 +154,10 @@ def _killed_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, call:
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [
-        (session, "write_labels", 3),  # while the reliable images get labels
-        (session, "write_labels", 12),  # and the others
-        (session, "_copy", 5),
-        (session.os, "replace", 9),  # of a file or a folder
+        (inference, "write_labels", 3),  # while the reliable images get labels
+        (inference, "write_labels", 12),  # and the others
+        (inference, "_copy", 5),
+        (inference.os, "replace", 9),  # of a file or a folder
         (checkpoint, "save", 2),  # a network that is kept
         (checkpoint, "save", 9),
     ],
@@ -322,22 +322,13 @@ def test_two_ranks_write_each_label_once(recipe: Experiment, tmp_path: Path, mon
     assert len(list(folder.rglob("*.png"))) == 16
 
     config, written = load_config(path), []
-    each = Session(
-        config,
-        Lists([], NAMES, []),
-        seed=0,
-        device=torch.device("cpu"),
-        build=None,
-        finish=None,
-        resume="auto",
-        interruption=Interruption(),
-    )
+    each = Inference(config, torch.device("cpu"), Interruption())
     monkeypatch.setattr(each, "config", SimpleNamespace(**vars(config), snapshot_dir=tmp_path, log_dir=tmp_path))
-    monkeypatch.setattr(session, "write_labels", lambda path, labels, palette: written.append(path))
-    monkeypatch.setattr(session.distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(session.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(inference, "write_labels", lambda path, labels, palette: written.append(path))
+    monkeypatch.setattr(inference.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(inference.distributed, "barrier", lambda: None)
     for rank in (1, 0):
-        monkeypatch.setattr(session.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(inference.distributed, "rank", lambda rank=rank: rank)
         each.label("x", torch.nn.Conv2d(3, 4, 1), NAMES, lambda network, image: network(image).argmax(dim=1))
     assert len(written) == len(set(written)) == 16
 

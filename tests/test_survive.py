@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -30,7 +31,7 @@ from imas import distributed, load_config
 from imas.data.dataset import Draw
 from imas.data.lists import read_lists
 from imas.data.loaders import TrainingData
-from imas.engine import checkpoint, lock, provenance
+from imas.engine import checkpoint, fit, lock, provenance
 from imas.engine.checkpoint import Resumed
 from imas.engine.interrupt import Interrupted, Interruption, interruptible
 from imas.engine.run import resume
@@ -100,15 +101,44 @@ def test_signals_save_within_an_epoch_and_the_run_goes_on(
     _same_end(straight[launcher], stopped)
 
 
-def test_stopped_between_the_last_update_of_an_epoch_and_its_end(experiment: Experiment, monkeypatch) -> None:
-    straight, stopped = experiment("straight"), experiment("stopped")
-    train_semi.main(["--config", str(straight)])
-    with monkeypatch.context() as patch:
-        patch.setattr(Interruption, "stops_before", lambda self, iteration: iteration == 8)
-        with pytest.raises(Interrupted):
-            train_semi.main(["--config", str(stopped)])
-    assert (_state(stopped)["epoch"], _state(stopped)["step"]) == (1, 4)
-    train_semi.main(["--config", str(stopped)])
+def _seen(config: Path, stops_before: int | None = None, *words: str) -> list[tuple]:
+    """What each update of a run gets to see: indices of unlabeled images, and sums over the labeled views."""
+    seen, update = [], fit._update
+
+    def noted(run, wrapped, normalise, batches, iteration):
+        for batch in batches:
+            ids = batch["unlabeled"]["index"].tolist() if "unlabeled" in batch else []
+            seen.append((iteration, ids, batch["labeled"]["image"].long().sum(dim=(1, 2, 3)).tolist()))
+        return update(run, wrapped, normalise, batches, iteration)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "_update", noted)
+        if stops_before is not None:
+            patch.setattr(Interruption, "stops_before", lambda self, iteration: iteration == stops_before)
+        with pytest.raises(Interrupted) if stops_before is not None else contextlib.nullcontext():
+            train_semi.main(["--config", str(config), "--set", "trainer.epochs=4", *words])
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple]]:
+    """A run of four epochs of four updates that was left alone, and what it has seen."""
+    path = tmp_path_factory.mktemp("seen") / "config.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path, _seen(path)
+
+
+@pytest.mark.parametrize(("stop", "where"), [(6, (1, 2)), (8, (1, 4)), (9, (2, 1))], ids=["middle", "end", "after"])
+def test_a_run_stopped_in_its_second_epoch_sees_the_same_images(
+    experiment: Experiment, seen: tuple[Path, list[tuple]], stop: int, where: tuple[int, int]
+) -> None:
+    """In the middle of it, between its last update and its end, and just after; then two more epochs, on workers."""
+    straight, everything = seen
+    stopped = experiment("stopped")
+    before = _seen(stopped, stop)
+    assert (_state(stopped)["epoch"], _state(stopped)["step"]) == where
+    assert before + _seen(stopped, None, "--set", "dataset.workers=2") == everything
+    assert len(everything) == 16 and all(len(ids) == 4 for _, ids, _ in everything[4:])
     ours, theirs = (_state(config) for config in (stopped, straight))
     assert all(torch.equal(ours["model_state"][name], tensor) for name, tensor in theirs["model_state"].items())
     for name in ("metrics.csv", "scores.csv"):
@@ -372,26 +402,28 @@ def test_a_stop_within_an_evaluation_is_saved(experiment: Experiment, monkeypatc
         assert (stopped.parent / "log" / name).read_text() == (straight.parent / "log" / name).read_text()
 
 
-def test_a_torn_or_foreign_file_is_named_and_the_one_before_it_used(experiment: Experiment) -> None:
+def test_a_torn_or_foreign_file_is_named_and_the_one_before_it_used(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     config = experiment()
-    for content in (b"torn", None):
-        shutil.rmtree(config.parent / "checkpoints", ignore_errors=True)
-        assert run("train_semi.py", "--config", config, "--set", "trainer.epochs=2").returncode == 0
-        path = config.parent / "checkpoints" / "ckpt.pth"
-        assert _state(config, "ckpt_prev.pth")["epoch"] == 1
-        if content is None:
-            torch.save({"weights": torch.zeros(3)}, path)
-        else:
-            path.write_bytes(path.read_bytes()[:5000])
-        resumed = run("train_semi.py", "--config", config)
-        assert resumed.returncode == 0, resumed.stderr
-        assert "ckpt.pth: " in resumed.stdout and "using the one before it" in resumed.stdout
-        assert "resumed after epoch 0" in resumed.stdout
-        assert _state(config)["epoch"] == 3
-    path.write_bytes(b"")
-    (config.parent / "checkpoints" / "ckpt_prev.pth").write_bytes(b"")
-    lost = run("train_semi.py", "--config", config)
-    assert lost.returncode == 2 and "Traceback" not in lost.stderr and "torn, foreign or not safe" in lost.stderr
+    train_semi.main(["--config", str(config), "--set", "trainer.epochs=2"])
+    assert _state(config, "ckpt_prev.pth")["epoch"] == 1
+    folder, whole = config.parent / "checkpoints", tmp_path / "whole"
+    path = folder / "ckpt.pth"
+    shutil.copytree(folder, whole)
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pth")
+    for content in (b"", path.read_bytes()[:5000], (tmp_path / "foreign.pth").read_bytes()):
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        path.write_bytes(content)
+        capsys.readouterr()
+        train_semi.main(["--config", str(config)])
+        told = capsys.readouterr().out
+        assert f"{path}: " in told and f"using the one before it: {folder / 'ckpt_prev.pth'}" in told
+        assert "resumed after epoch 0" in told and _state(config)["epoch"] == 3
+    for name in ("ckpt.pth", "ckpt_prev.pth"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match="torn, foreign or not safe"):
+        train_semi.main(["--config", str(config)])
 
 
 def test_killed_between_two_renames_the_previous_checkpoint_counts(tmp_path: Path) -> None:

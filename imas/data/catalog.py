@@ -49,6 +49,18 @@ def voc_palette(count: int) -> tuple[Colour, ...]:
     return tuple((channel(i, 0), channel(i, 1), channel(i, 2)) for i in range(count))
 
 
+def far_colours(count: int) -> tuple[Colour, ...]:
+    """Colours, at most 255, that are far from each other and from black, white and the grey of pixels without a class:
+    each is the one of a grid that is farthest from all before it, where green differs most and red least to the eye.
+    """
+    grid = np.stack(np.meshgrid(*[np.linspace(0, 255, 7)] * 3), -1).reshape(-1, 3).round()
+    taken = [np.zeros(3), np.full(3, 255), np.full(3, 224)]
+    while len(taken) < count + 3:
+        nearest = ((grid[:, None] - np.stack(taken)) ** 2 @ np.array([2, 4, 3])).min(1)
+        taken.append(grid[nearest.argmax()])
+    return tuple((int(red), int(green), int(blue)) for red, green, blue in taken[3:])
+
+
 def pascal_files(root: Path, name: str) -> tuple[Path, Path]:
     """Image and mask of a list line, which is an ID."""
     return root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClassAug" / f"{name}.png"
@@ -115,11 +127,11 @@ CITYSCAPES = Catalog(
 
 
 def _own(dataset: Dataset) -> Catalog:
-    """Own data is what its section of the configuration says; without a palette, it gets VOC's colours."""
+    """Own data is what its section of the configuration says."""
     options = dataset.folder
     return Catalog(
         options.class_names,
-        options.palette or voc_palette(len(options.class_names)),
+        options.palette or options.colours or far_colours(len(options.class_names)),
         partial(folder.files, options),
         partial(folder.labels, options),
         find=partial(folder.lists, dataset),

@@ -123,8 +123,11 @@ def problems(dataset: Dataset) -> dict[str, str]:
             "(python -m imas.data splits --new draws lists)"
         )
     count, palette = len(options.class_names), options.palette
-    if palette is not None and len(palette) != count:
-        wrong["dataset.folder.palette"] = f"expected a colour a class, {count} in all, got {len(palette)}"
+    for key, colours in (("palette", palette), ("colours", options.colours)):
+        if colours is not None and len(colours) != count:
+            wrong[f"dataset.folder.{key}"] = f"expected a colour a class, {count} in all, got {len(colours)}"
+    if palette is not None and options.colours is not None:
+        wrong["dataset.folder.colours"] = "leave it out: dataset.folder.palette has the colours already"
     if palette is not None:
         colours = [*palette, *([] if options.ignore_colour is None else [options.ignore_colour])]
         if twice := [list(colour) for colour, times in Counter(colours).items() if times > 1]:

@@ -80,7 +80,12 @@ def fit(
     if momentum is not None:
         checkpoint.take_momentum(optimizer, *momentum)
     meter = Meter(catalog_of(config.dataset).class_names)
-    description = provenance.describe(config, lists, seed, world)
+    description = provenance.describe(config, lists, seed, world) | {
+        "iterations_per_epoch": len(data),
+        "parameters": {
+            name: sum(weight.numel() for weight in network.parameters()) for name, network in method.scored().items()
+        },
+    }
     scaler = precision.make_scaler(config.trainer, device)
     run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description, interruption)
     with contextlib.ExitStack() as stack:

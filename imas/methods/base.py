@@ -90,6 +90,11 @@ class Method(nn.Module):
         return {}
 
     @classmethod
+    def resolved(cls, config: Config) -> Any:
+        """The options, with what follows from other sections in the place of None."""
+        return config.options
+
+    @classmethod
     def run(cls, session: Session) -> None:
         """The whole experiment. A method of several stages calls ``session.fit`` for each."""
         session.fit("", cls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class HardnessOptions:
     version: int = option(1, check=(lambda version: version in (1, 2), "1 or 2"))
     weight_loss: bool = True
     class_weighted: bool = True
-    ignore_background: bool = True
+    ignore_background: bool | None = None  # class 0 does not count; default: true, with own data false
     trigger_cutmix: bool = False
     blend: bool = False
     scale_box: bool = False
@@ -89,6 +90,15 @@ class IMAS(StudentTeacher):
         if options.hardness is not None and options.hardness.scale_box and options.hardness.gaussian_box:
             problems["imas.hardness.gaussian_box"] = "cannot be combined with scale_box"
         return problems
+
+    @classmethod
+    def resolved(cls, config: Config) -> Options:
+        """Class 0 of own data is a class like any other: ground or sky."""
+        hardness, own_data = config.options.hardness, config.dataset.folder is not None
+        if hardness is None or hardness.ignore_background is not None:
+            return config.options
+        hardness = dataclasses.replace(hardness, ignore_background=not own_data)
+        return dataclasses.replace(config.options, hardness=hardness)
 
     def forward(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> Step:
         if unlabeled is None:  # warm-up
@@ -151,7 +161,7 @@ class IMAS(StudentTeacher):
             self.student.num_classes,
             self.options.threshold,
             class_weighted=flags.class_weighted,
-            ignore_background=flags.ignore_background,
+            ignore_background=flags.ignore_background is not False,
             version=flags.version,
         )
         pseudo = teacher if self.options.teacher_pseudo else student

@@ -132,23 +132,23 @@ class STPP(Method):
         first = session.fit("1-labeled", SupOnly, supervised, alone, keep=keep)
         labeler = session.network(SupOnly, first, options.labeler)
         if plan == "st":  # stages 2 and 3 of ST
-            folder = session.label("2-labels", labeler, lists.unlabeled, label)
+            folder = session.inference.label("2-labels", labeler, lists.unlabeled, label)
             cls.train_on_both(session, "", lists, folder)
             return
 
         # Stage 2: reliability. The networks of the last epochs are compared with the one after the last epoch.
         networks = [session.network(SupOnly, first, epoch) for epoch in keep]
-        scores = session.score("2-reliability", "reliability", networks, lists.unlabeled, agreement)
+        scores = session.inference.score("2-reliability", "reliability", networks, lists.unlabeled, agreement)
         reliable, unreliable = select(scores, options.reliable_share)
-        session.show("reliability", networks, extremes(scores))
+        session.inference.show("reliability", networks, extremes(scores))
 
         # Stages 3 and 4: the reliable images get labels, and a new network trains on them.
-        folder = session.label("3-labels", labeler, reliable, label)
+        folder = session.inference.label("3-labels", labeler, reliable, label)
         second = cls.train_on_both(session, "4-reliable", dataclasses.replace(lists, unlabeled=reliable), folder)
 
         # Stages 5 and 6: that network labels the others, and the last network trains on all.
         labeler = session.network(cls, second, options.labeler)
-        folder = session.label("5-labels", labeler, unreliable, label, known=(folder, reliable))
+        folder = session.inference.label("5-labels", labeler, unreliable, label, known=(folder, reliable))
         cls.train_on_both(session, "", lists, folder)
 
     @classmethod

@@ -27,6 +27,7 @@ th, td { padding: .22rem 1.2rem .22rem 0; text-align: left; vertical-align: top;
 img { display: block; max-width: 100% } pre { overflow-x: auto; font-size: .82rem }
 svg { display: block; width: 100%; overflow: visible; font: 12px system-ui, sans-serif; fill: #626b76 }
 .line { fill: none; stroke: var(--c); stroke-width: 1.6 } .dot { fill: var(--c) } .grid { stroke: #dde1e6 }
+.band { fill: var(--c); opacity: .15 }
 .best { fill: #fff; stroke: var(--c); stroke-width: 1.8 }
 """
 
@@ -46,6 +47,7 @@ class Line(NamedTuple):
     dash: int = 0
     name: str = ""
     best: bool = False  # mark the highest point
+    band: Sequence[tuple[float, float]] = ()  # from where to where it reaches at each x
 
 
 def document(title: str, sections: dict[str, str]) -> str:
@@ -83,10 +85,11 @@ def picture(path: Path, alt: str) -> str:
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}"/>'
 
 
-def chart(title: str, lines: Sequence[Line]) -> str:
-    """A figure of at least one line over epochs, with a legend that holds the last value of each."""
+def chart(title: str, lines: Sequence[Line], axis: str = "epoch") -> str:
+    """A figure of at least one line over ``axis``, with a legend that holds the last value of each."""
     left, top, right, floor = 46, 10, 432, 179
-    values, last = [y for line in lines for y in line.y], max(line.x[-1] for line in lines) or 1
+    values = [y for line in lines for y in (*line.y, *sum(line.band, ()))]
+    last = max(line.x[-1] for line in lines) or 1
     low, high = min(values), max(values)
     if math.isclose(low, high):
         low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
@@ -96,7 +99,7 @@ def chart(title: str, lines: Sequence[Line]) -> str:
         up = (y - ticks[0]) / (ticks[-1] - ticks[0])
         return round(left + x / last * (right - left), 1), round(floor - up * (floor - top), 1)
 
-    keys, shapes = "", f'<text x="{right}" y="211" text-anchor="end">epoch</text>'
+    keys, shapes = "", f'<text x="{right}" y="211" text-anchor="end">{axis}</text>'
     for tick in ticks:
         y = at(0, tick)[1]
         shapes += f'<path class="grid" d="M{left} {y}H{right}"/>'
@@ -108,6 +111,9 @@ def chart(title: str, lines: Sequence[Line]) -> str:
         points = [*map(at, line.x, line.y)]
         x, y = points[line.y.index(max(line.y)) if line.best else -1]
         path = "L".join(f"{x} {y}" for x, y in points)
+        lows, highs = ([at(x, ends[i]) for x, ends in zip(line.x, line.band)] for i in (0, 1))
+        around = "L".join(f"{x} {y}" for x, y in (*lows, *highs[::-1]))
+        shapes += f'<path class="band {line.colour}" d="M{around}Z"/>' if around else ""
         shapes += f'<path {kind} d="M{path}"><title>{name}</title></path>'
         shapes += f'<circle class="{"best" if line.best else "dot"} {line.colour}" cx="{x}" cy="{y}" r="3"/>'
         keys += f'<span class="key {line.colour}"><svg viewBox="0 0 24 8"><path {kind} d="M0 3H24"/></svg>'

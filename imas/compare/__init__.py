@@ -1,0 +1,1 @@
+"""Methods × seeds: the runs, and one table of them (``python -m imas.compare``)."""

@@ -1,0 +1,81 @@
+"""The files of a comparison: ``table.md``, ``table.csv``, ``table.json``, ``table.tex`` and ``compare.html``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ..files import replacing
+from ..report.markup import Line, Markup, chart, document
+from ..report.markup import table as html_table
+from .runs import run_folder
+from .table import MISSING, Run, Section, flat, latex, markdown, sections
+
+
+def write(out: Path, result: dict[str, Any], runs: Sequence[Run]) -> str:
+    """Write all files, and give the text of ``table.md``.
+
+    Args:
+        result: of ``table.analyse``.
+    """
+    tables = sections(result)
+    head = [f"- {name}: {text}" for name, text in result["header"].items()]
+    notes = [f"- {note}" for note in result["notes"]]
+    parts = ["# Methods × seeds", "\n".join(head)]
+    for section in tables:
+        parts += [f"## {section.title}", markdown(section)]
+        parts += ["\n".join(notes)] if section is tables[0] and notes else []
+    texts = {"table.md": "\n\n".join(parts) + "\n", "table.tex": latex(tables[0], result["notes"])}
+    texts["table.json"] = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    texts["compare.html"] = _page(out, result, runs, tables)
+    for name, text in texts.items():
+        with replacing(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    with replacing(out / "table.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(flat(result))
+    return texts["table.md"]
+
+
+def _page(out: Path, result: dict[str, Any], runs: Sequence[Run], tables: Sequence[Section]) -> str:
+    arms, seeds = list(result["arms"]), result["seeds"]
+    there = {(run.arm, run.seed) for run in runs}
+    links = [[arm, *(_link(out, arm, seed) if (arm, seed) in there else MISSING for seed in seeds)] for arm in arms]
+    first, *others = (html_table(section.head, section.rows, True) for section in tables)
+    notes = "".join(f'<p class="warning">{escape(note)}</p>' for note in result["notes"])
+    contents = {
+        tables[0].title: html_table(["", ""], result["header"].items()) + first + notes,
+        "Curves": _curves(arms, runs),
+        **{section.title: content for section, content in zip(tables[1:], others)},
+        "Runs": html_table(["method", *(f"seed {seed}" for seed in seeds)], links),
+    }
+    return document("Methods × seeds", contents)
+
+
+def _link(out: Path, arm: str, seed: int) -> Markup:
+    pages = sorted(run_folder(out, arm, seed).glob("log/**/report.html"), key=lambda path: len(path.parts))
+    page = quote(pages[0].relative_to(out).as_posix()) if pages else ""
+    return Markup(f'<a href="{page}">page</a>' if pages else "finished")
+
+
+def _curves(arms: Sequence[str], runs: Sequence[Run]) -> str:
+    """Mean mIoU over seeds of each arm's selecting network, with a band of one standard deviation."""
+    lines = []
+    for i, arm in enumerate(arms):
+        curves = [next(iter(run.curves.values())) for run in runs if run.arm == arm]
+        values: dict[int, list[float]] = {}
+        for x, y in (point for curve in curves for point in zip(*curve)):
+            values.setdefault(x, []).append(y)
+        whole = sorted(x for x, each in values.items() if len(each) == len(curves))
+        means = [statistics.mean(values[x]) for x in whole]
+        widths = [statistics.stdev(values[x]) if len(curves) > 1 else 0.0 for x in whole]
+        band = [(mean - width, mean + width) for mean, width in zip(means, widths)]
+        if whole:
+            lines.append(Line(whole, means, f"c{i % 6}", i // 6, arm, False, band))
+    title = "mIoU in percent of the selecting network: mean over seeds, and one standard deviation to each side"
+    return chart(title, lines, "iteration")

@@ -1,0 +1,268 @@
+"""What runs of several methods and seeds come to: means, paired differences with their intervals, tables as text."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from ..report.records import Curve
+
+MISSING = "×"  # in the cell of a run that is not there
+COSTS: dict[str, tuple[str, str]] = {  # title and format
+    "iterations": ("iterations", ",.0f"),
+    "hours": ("hours", ".2f"),
+    "seconds": ("seconds an iteration", ".3f"),
+    "memory_mib": ("peak memory, MiB", ",.0f"),
+    "parameters": ("parameters", ",.0f"),
+}
+_LATEX = {sign: f"\\{sign}" for sign in "#$%&_{}"} | {"−": "$-$", "±": "$\\pm$", "×": "$\\times$", "†": "$\\dagger$"}
+_LATEX |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    arm: str  # its name in the table
+    seed: int
+    curves: dict[str, Curve]  # mIoU in percent over iterations, of each scored network; the selecting one comes first
+    iou: dict[str, float | None]  # of each class, of the selecting network after the last epoch, in percent
+    cost: dict[str, float]  # by the names of COSTS
+    facts: dict[str, str]  # shown above the table
+    identity: dict[str, Any]  # what runs of one seed have to share, by dotted key
+
+
+class Section(NamedTuple):
+    """A table as text."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def t95(freedom: int) -> float:
+    """The quantile of Student's t that 95 % of all values lie within, on both sides of 0; ``freedom`` from 1 on.
+
+    The probability is a finite sum for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    low, high = 0.0, math.pi / 2  # of atan(t / sqrt(freedom))
+    for _ in range(60):
+        angle = (low + high) / 2
+        term = math.cos(angle) if freedom % 2 else 1.0
+        total = term if freedom > 1 else 0.0
+        for power in range(3 if freedom % 2 else 2, freedom - 1, 2):
+            term *= math.cos(angle) ** 2 * (power - 1) / power
+            total += term
+        inside = math.sin(angle) * total
+        if freedom % 2:
+            inside = 2 / math.pi * (angle + inside)
+        low, high = (angle, high) if inside < 0.95 else (low, angle)
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def difference(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> dict[str, Any] | None:
+    """The mean of ``ours`` minus ``theirs`` over the seeds that both have, with its 95 % interval; None without such a
+    seed. One seed has no interval, and ``separable`` is None.
+    """
+    pairs = [(value, theirs.get(seed)) for seed, value in ours.items()]
+    gains = [one - other for one, other in pairs if one is not None and other is not None]
+    if not gains:
+        return None
+    mean, low, high = statistics.mean(gains), None, None
+    if len(gains) > 1:
+        half = t95(len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
+        low, high = mean - half, mean + half
+    separable = None if low is None else not low <= 0 <= high
+    return {"mean": mean, "low": low, "high": high, "separable": separable, "seeds": len(gains)}
+
+
+def misfits(identities: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[str]:
+    """What runs of one seed do not share, a line each, from what (arm, seed) have to share."""
+    lines: dict[str, list[str]] = defaultdict(list)  # seeds of each
+    keys = dict.fromkeys(key for identity in identities.values() for key in identity)
+    for seed in dict.fromkeys(seed for _, seed in identities):
+        for key in keys:
+            arms = defaultdict(list)
+            for (arm, own), identity in identities.items():
+                if own == seed:
+                    arms[str(identity.get(key))].append(arm)
+            if len(arms) > 1:
+                text = ", ".join(f"{value} ({', '.join(names)})" for value, names in arms.items())
+                lines[f"{key}: {text}"].append(str(seed))
+    return [f"{line}; seed {', '.join(seeds)}" for line, seeds in lines.items()]
+
+
+def analyse(runs: Sequence[Run], arms: Sequence[str], seeds: Sequence[int], baseline: str | None) -> dict[str, Any]:
+    """Everything that the tables hold, ready for JSON, unrounded.
+
+    Args:
+        arms: names of all methods, those without a finished run as well.
+        seeds: of all methods.
+        baseline: the arm that the others are compared with.
+    """
+    there = {(run.arm, run.seed): run for run in runs}
+    entries: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        own = [run for run in runs if run.arm == arm]
+        entry: dict[str, Any] = {"networks": {}, "difference": {}, "order": False}
+        for network in own[0].curves if own else ["?"]:
+            values = {seed: there[arm, seed].curves[network].values for seed in seeds if (arm, seed) in there}
+            last = {seed: values[seed][-1] if seed in values else None for seed in seeds}
+            best = {seed: max(values[seed]) if seed in values else None for seed in seeds}
+            entry["networks"][network] = {"last": _figure(last), "best": _figure(best)}
+        entry["cost"] = {key: _mean(run.cost.get(key) for run in own) for key in COSTS}
+        classes = dict.fromkeys(name for run in own for name in run.iou)
+        entry["iou"] = {name: _figure({run.seed: run.iou.get(name) for run in own}) for name in classes}
+        entries[arm] = entry
+    selected = {arm: next(iter(entry["networks"].values())) for arm, entry in entries.items()}
+    for arm in arms if baseline else ():
+        for which in ("last", "best") if arm != baseline else ():
+            ours, theirs = (selected[name][which]["seeds"] for name in (arm, baseline))
+            entries[arm]["difference"][which] = difference(ours, theirs)
+    notes = _notes(selected, seeds, baseline)
+    for one, other in combinations(arms, 2):
+        pairs = [[selected[name][which]["mean"] for name in (one, other)] for which in ("last", "best")]
+        if None not in sum(pairs, []) and math.prod(first - second for first, second in pairs) < 0:
+            entries[one]["order"] = entries[other]["order"] = True
+            texts = (" / ".join(f"{value:.2f}" for value in pair) for pair in pairs)
+            notes.append("† last and best order {} / {} differently: last {}, best {}".format(one, other, *texts))
+    header = {key: spread({(run.arm, run.seed): run.facts[key] for run in runs}) for key in (runs[0].facts)}
+    return {"header": header, "seeds": [*seeds], "baseline": baseline, "arms": entries, "notes": notes}
+
+
+def _notes(selected: dict[str, dict], seeds: Sequence[int], baseline: str | None) -> list[str]:
+    notes = []
+    for arm, figures in selected.items():
+        gone = [str(seed) for seed, value in figures["last"]["seeds"].items() if value is None]
+        if gone:
+            notes.append(f"{MISSING} no finished run of {arm} with seed {', '.join(gone)}")
+    if len(seeds) == 1:
+        notes.append("one seed: no standard deviation and no interval, so nothing here is more than one draw")
+    if baseline is None:
+        notes.append("no --baseline was named: no differences")
+    return notes
+
+
+def _figure(values: dict[int, float | None]) -> dict[str, Any]:
+    there = [value for value in values.values() if value is not None]
+    deviation = statistics.stdev(there) if len(there) > 1 else None
+    return {"mean": statistics.mean(there) if there else None, "sd": deviation, "seeds": values}
+
+
+def _mean(values: Any) -> float | None:
+    there = [value for value in values if value is not None]
+    return statistics.mean(there) if there else None
+
+
+def spread(values: Mapping[tuple[str, int], str]) -> str:
+    """The texts of (arm, seed) as one: alone where all share it, else with the seeds, arms or runs that have it."""
+    labels: tuple[Callable[[tuple[str, int]], str], ...] = (
+        lambda run: "",
+        lambda run: f"seed {run[1]}",
+        lambda run: run[0],
+        lambda run: f"{run[0]} {run[1]}",
+    )
+    for label in labels:
+        texts, groups = defaultdict(dict), defaultdict(set)
+        for run, text in values.items():
+            texts[text][label(run)] = None
+            groups[label(run)].add(text)
+        if all(len(group) == 1 for group in groups.values()):
+            break
+    return "; ".join(text + (f" ({', '.join(names)})" if "" not in names else "") for text, names in texts.items())
+
+
+def sections(result: dict[str, Any]) -> list[Section]:
+    """The tables of what ``analyse`` gave."""
+    seeds, baseline, arms = result["seeds"], result["baseline"], result["arms"]
+    by_seed = f"by seed ({', '.join(map(str, seeds))})"
+    head = ["method", "network", "last", by_seed, "best", by_seed]
+    head += [f"{which} minus {baseline}" for which in ("last", "best") if baseline]
+    rows = []
+    for arm, entry in arms.items():
+        name, gains = arm + " †" * entry["order"], entry["difference"]
+        for network, figures in entry["networks"].items():
+            cells = [text(figures[which]) for which in ("last", "best") for text in (summary, _by_seed)]
+            more = [_gain(gains.get(which)) if name and arm != baseline else "" for which in ("last", "best")]
+            rows.append([name, network, *cells, *(more if baseline else ())])
+            name = ""
+    found = [Section("mIoU in percent, mean ± standard deviation over seeds", head, rows)]
+    costs = [key for key in COSTS if any(entry["cost"][key] is not None for entry in arms.values())]
+    rows = [[arm, *(_cost(entry["cost"][key], key) for key in costs)] for arm, entry in arms.items()]
+    found.append(Section("What it costs, means over seeds", ["method", *(COSTS[key][0] for key in costs)], rows))
+    classes = dict.fromkeys(name for entry in arms.values() for name in entry["iou"])
+    rows = [[name, *(summary(entry["iou"].get(name)) for entry in arms.values())] for name in classes]
+    title = "IoU of each class after the last epoch, in percent, mean ± standard deviation over seeds"
+    return [*found, Section(title, ["class", *arms], rows)]
+
+
+def summary(figure: dict[str, Any] | None) -> str:
+    """``mean ± standard deviation``, the mean alone of one seed."""
+    if figure is None or figure["mean"] is None:
+        return MISSING
+    return f"{figure['mean']:.2f}" + ("" if figure["sd"] is None else f" ± {figure['sd']:.2f}")
+
+
+def _by_seed(figure: dict[str, Any]) -> str:
+    return ", ".join(MISSING if value is None else f"{value:.2f}" for value in figure["seeds"].values())
+
+
+def _gain(gain: dict[str, Any] | None) -> str:
+    if gain is None:
+        return MISSING
+    if gain["low"] is None:
+        return _signed(gain["mean"]) + " (one seed: no interval)"
+    interval = f"{_signed(gain['mean'])} [{_signed(gain['low'])}, {_signed(gain['high'])}]"
+    return interval + ("" if gain["separable"] else " not separable")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _cost(value: float | None, key: str) -> str:
+    return MISSING if value is None else format(value, COSTS[key][1])
+
+
+def markdown(section: Section) -> str:
+    """A table of Markdown, which a page of the documentation takes as it is."""
+    lines = [section.head, ["---"] * len(section.head), *section.rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def latex(section: Section, notes: Sequence[str]) -> str:
+    """A ``tabular`` without packages, and its notes below it."""
+    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (section.head, *section.rows)]
+    body = "\n".join([r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"])
+    below = "".join(f"\n\\par {_escaped(note)}" for note in notes)
+    return f"\\begin{{tabular}}{{{'l' * len(section.head)}}}\n{body}\n\\end{{tabular}}{below}\n"
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def flat(result: dict[str, Any]) -> list[list[Any]]:
+    """The first table and the costs for a CSV file, unrounded: a row for each network, with its header."""
+    seeds, whichs = result["seeds"], ("last", "best")
+    head = ["method", "network"]
+    for which in whichs:
+        head += [f"{which}_mean", f"{which}_sd", *(f"{which}_seed_{seed}" for seed in seeds)]
+    head += [f"{which}_minus_baseline_{part}" for which in whichs for part in ("mean", "low", "high", "separable")]
+    rows = [[*head, *COSTS]]
+    for arm, entry in result["arms"].items():
+        gains, costs = entry["difference"], entry["cost"]
+        for network, figures in entry["networks"].items():
+            row: list[Any] = [arm, network]
+            for which in whichs:
+                values = (MISSING if value is None else value for value in figures[which]["seeds"].values())
+                row += [figures[which]["mean"], figures[which]["sd"], *values]
+            row += [
+                (gains.get(which) or {}).get(part) for which in whichs for part in ("mean", "low", "high", "separable")
+            ]
+            rows.append([*row, *(costs.get(key) for key in COSTS)])
+            gains, costs = {}, {}
+    return rows
