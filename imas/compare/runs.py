@@ -19,7 +19,7 @@ from ..config import load_config
 from ..data.lists import read_lists
 from ..data.splits import digest
 from ..engine import provenance
-from ..engine.interrupt import interruptible
+from ..engine.interrupt import Interrupted, interruptible
 from ..engine.sliding import Protocol
 from ..errors import Together, UserError
 from ..files import replacing
@@ -228,21 +228,28 @@ def train(plans: Sequence[Plan], slots: Sequence[str], gpus: int) -> None:
                 process.wait()
     if stopped:
         left = sum(not finished(plan.folder) for plan in plans)
-        raise Unfinished(f"stopped: {left} of {len(plans)} runs are not finished; the same command goes on", 75)
+        raise Unfinished(
+            f"stopped: {left} of {len(plans)} runs are not finished; the same command goes on", Interrupted.status
+        )
     if failed:
         raise Unfinished("\n".join([f"{len(failed)} of {len(plans)} runs failed:", *failed]), 1)
 
 
 def start(plan: Plan, slot: str, gpus: int) -> subprocess.Popen:
     """Start the process of a run. It gets no signal of the terminal, but those that this process passes on."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
-    words = ["--config", str(plan.folder / "config.yaml"), "--seed", str(plan.seed), "--resume", "auto"]
     surroundings = {"CUDA_VISIBLE_DEVICES": slot} | ({} if slot else {"OMP_NUM_THREADS": "1"})
     with open(plan.folder / "output.txt", "a", encoding="utf-8") as output:
         return subprocess.Popen(
-            [sys.executable, *launcher, str(_SCRIPT), *words], env={**os.environ, **surroundings},
+            [sys.executable, *command(plan, gpus)], env={**os.environ, **surroundings},
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
+
+
+def command(plan: Plan, gpus: int) -> list[str]:
+    """The words that Python is started with."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+    words = ["--config", str(plan.folder / "config.yaml"), "--seed", str(plan.seed), "--resume", "auto"]
+    return [*launcher, str(_SCRIPT), *words]
 
 
 def _note_end(plan: Plan, status: int, seconds: float) -> str:
@@ -250,8 +257,9 @@ def _note_end(plan: Plan, status: int, seconds: float) -> str:
     head = [] if _ends(plan.folder) else [("status", "seconds")]
     with open(plan.folder / "ended.csv", "a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([*head, (status, f"{seconds:.1f}")])
-    if status == 0:
-        return f"{plan.arm}, seed {plan.seed}: finished in {seconds:.0f} s"
+    if status in (0, Interrupted.status):
+        how = "finished in" if status == 0 else "stopped and saved after"
+        return f"{plan.arm}, seed {plan.seed}: {how} {seconds:.0f} s"
     output = plan.folder / "output.txt"
     lines = [line for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return "\n    ".join([f"{plan.arm}, seed {plan.seed}: status {status}; {output} ends with", *lines[-_LAST_LINES:]])
