@@ -15,6 +15,7 @@ COMMANDS = {
     "sh single_run.sh CONFIG": "train one experiment on all visible GPUs",
     "python train_semi.py --config CONFIG": "train; --check only looks",
     "python eval.py --checkpoint FILE": "evaluate a checkpoint; --images FOLDER --save-dir OUT predicts",
+    "python -m imas.export CKPT OUT.pt2": "a trained network as a program that runs without this package",
     "python -m imas.report RUN": "a run, or several side by side, as one HTML page",
     "python -m imas.compare": "methods × seeds, and one table of them",
     "python -m imas.data check --config CONFIG": "what is wrong with the data",

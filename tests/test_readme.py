@@ -24,7 +24,9 @@ from imas import load_config
 from imas.__main__ import COMMANDS as LISTED
 from imas.data.lists import read_lists
 from imas.errors import UserError
+from imas.methods import METHODS
 
+EXPS = (ROOT / "exps" / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in ("exps", "data/splits", "pretrained", "benchmarks")]
 
@@ -35,6 +37,9 @@ ELSEWHERE = {
     "python train_semi.py --config exps/shapes_mean_teacher/config.yaml": PAGE_OF_METHOD,
     "sh tests/run.sh": "test_readme.py::test_ci_runs_the_test_command",
     "tensorboard --logdir exps/shapes_imas/log/tensorboard": "test_scripts.py::test_train_then_evaluate",
+    "python -m imas.export exps/shapes_imas/checkpoints/ckpt_best.pth shapes.pt2": (
+        "test_library.py::test_the_examples_of_the_page"
+    ),
     "python -m benchmarks.shapes": "test_readme.py::test_the_benchmark_of_the_embedded_set",
     "python -m benchmarks.published": "test_compare.py::test_the_audit_of_published_runs_is_that_of_the_page",
     "python -m imas.compare --configs exps/shapes_sup/config.yaml exps/shapes_imas/config.yaml --seeds 1 2 3 "
@@ -100,7 +105,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.yaml").write_text(own)
     assert load_config(folder / "mine.yaml").dataset.folder.class_names == ("ground", "road", "roof")
     mine = yaml.safe_load(own)
-    mine["dataset"]["train"] |= {"batch_size": 2, "crop": {"size": 32}, "resize_base_size": 40}
+    mine["imas"]["sup_only_epoch"] = 0
+    mine["dataset"]["train"] |= {"batch_size": 2, "epoch_size": 8, "crop": {"size": 32}, "resize_base_size": 40}
     mine["dataset"]["workers"], mine["trainer"]["epochs"] = 0, 2
     mine["net"] = TINY["net"] | {"num_classes": 3}
     sup = TINY | {"trainer": {"epochs": 2, "optimizer": {"kwargs": {"lr": 0.02}}}}
@@ -164,6 +170,7 @@ def test_commands_that_are_tested_elsewhere_exist() -> None:
 def test_every_command_has_words_that_are_known(command: Command, project: Path) -> None:
     """Also of the commands that need data or GPUs."""
     parsers = {"train_semi.py": "train_semi", "eval.py": "eval", "imas.data": "imas.data.__main__"}
+    parsers |= {"imas.export": "imas.export"}
     made = {
         "exps/pets_sup230/config.yaml",
         "exps/seed1/config.yaml",
@@ -299,7 +306,9 @@ def test_the_picture_is_drawn_from_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [each for each in _blocks("python") if not each.text.startswith("# imas/")], ids=lambda block: block.page
+    "block",
+    [each for each in _blocks("python") if not each.text.startswith("# imas/") and each.page != "docs/library.md"],
+    ids=lambda block: block.page,
 )
 def test_examples_run(block: Block, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
@@ -347,7 +356,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_tree_names_every_file_once() -> None:
-    (tree,) = re.findall(r"```\n(imas/ops.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (tree,) = re.findall(r"```\n(imas/ops.*?)```", (ROOT / "docs/house.md").read_text(), flags=re.DOTALL)
     lines = [line for line in tree.splitlines() if not line.startswith(" ")]
     named = [line.split()[0] for line in lines]
     assert all((ROOT / name).exists() for name in named)
@@ -358,18 +367,32 @@ def test_the_tree_names_every_file_once() -> None:
     assert sorted(name for name in named if name.startswith("imas/") and name not in folders) == sorted(files)
 
 
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_the_readme_counts_the_published_rows_of_each_method() -> None:
+    folders = re.findall(r"^\| `(\w+)` \|(?!.* inferred \|$)", EXPS, flags=re.MULTILINE)
+    counts = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if len(cells := _cells(line)) == 5 and cells[3].isdecimal():
+            counts[cells[0].strip("`")] = int(cells[3])
+    words = {section: f"_{section.removesuffix('_only')}" for section in METHODS}
+    assert counts == {section: sum(word in folder for folder in folders) for section, word in words.items()}
+
+
 def test_published_figures_are_those_of_the_recipes() -> None:
-    """The README's tables of the authors' results against the table of exps/README.md, cell by cell."""
+    """The tables at a glance against the table with all of each run, cell by cell."""
     recipes = {}
-    for line in (ROOT / "exps" / "README.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    for line in EXPS.splitlines():
+        cells = _cells(line)
         if len(cells) == 10 and cells[0].startswith("`") and cells[9] != "inferred":
             figure = cells[8] if "_sup" in cells[0] else cells[7]
             recipes[cells[0].strip("`")] = figure.split()[0]
-    section = (ROOT / "README.md").read_text().split("## Published by the authors")[1].split("\n## ")[0]
+    section = EXPS.split("## Published by the authors")[1].split("\n## ")[0]
     seen = {}
     for table in re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE):
-        head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        head, _, *rows = map(_cells, table.splitlines())
         for title, *figures in rows:
             words = f"{head[0]}, {title}"
             dataset = "pascal" if "Pascal" in words else "cityscapes"
