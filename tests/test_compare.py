@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -309,16 +308,22 @@ def test_runs_are_trained_interrupted_and_not_repeated(
     words = ["--configs", str(sup), str(experiment("semi", **short)), "--seeds", "1", "2", "--out", str(out)]
     words += ["--jobs", "2", "--set", "dataset.shapes.seed={seed}", "--baseline", "sup_only"]
 
+    over = threading.Event()
+
     def stop() -> None:
-        while not any(path.read_text().count("\n") > 1 for path in out.glob("*/seed_1/log/metrics.csv")):
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        while not over.wait(0.02):
+            if any(path.read_text().count("\n") > 1 for path in out.glob("*/seed_1/log/metrics.csv")):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     thread = threading.Thread(target=stop)
     thread.start()
-    with pytest.raises(Unfinished, match="runs are not finished; the same command goes on") as stopped:
-        main(words)
-    thread.join()
+    try:
+        with pytest.raises(Unfinished, match="runs are not finished; the same command goes on") as stopped:
+            main(words)
+    finally:
+        over.set()
+        thread.join()
     assert stopped.value.status == 75 and signal.getsignal(signal.SIGTERM) is before
     stops = {path: path.read_text() for path in out.glob("*/seed_*/ended.csv")}
     assert len(stops) == 2 and any("\n75," in text for text in stops.values())
@@ -339,6 +344,7 @@ def test_runs_are_trained_interrupted_and_not_repeated(
     assert len(ended) == 4 and all(text.startswith(stops.get(path, "")) for path, text in ended.items())
     main([*words, "--set", "saver.pictures_every=2"])  # which makes no other experiment of it
     assert {path: path.read_text() for path in ended} == ended
+    assert "of earlier calls: broken 1, broken 2" in (out / "table.md").read_text()
     with pytest.raises(UserError, match="a run of another configuration") as refused:
         main([*words, "--set", "trainer.epochs=4"])
     assert "trainer.epochs: 4, and 2 before" in str(refused.value) and str(out / "semi/seed_2") in str(refused.value)

@@ -198,8 +198,9 @@ def train(plans: Sequence[Plan], slots: Sequence[str], gpus: int) -> None:
     waiting = [plan for plan in plans if not finished(plan.folder)]
     free, failed, stopped = list(slots), [], False
     running: dict[subprocess.Popen, tuple[Plan, str, float]] = {}
-    total, done = (sum(plan.recipe["trainer"]["epochs"] for plan in group) for group in (plans, waiting))
-    bar = tqdm(total=total, initial=total - done, unit="epoch", dynamic_ncols=True, disable=None)
+    total = sum(map(_epochs, plans))
+    initial = total - sum(map(_epochs, waiting))
+    bar = tqdm(total=total, initial=initial, unit="epoch", dynamic_ncols=True, disable=None)
     with interruptible() as interruption, bar:
         try:
             while running or (waiting and not stopped):
@@ -219,7 +220,8 @@ def train(plans: Sequence[Plan], slots: Sequence[str], gpus: int) -> None:
                         line = _note_end(plan, process.returncode, time.monotonic() - began)
                         tqdm.write(line)
                         failed += [line] if process.returncode != 0 and not stopped else []
-                bar.n = sum(map(_epochs_done, plans))
+                going = sum(_epochs(plan) - _epochs_done(plan) for plan, *_ in running.values())
+                bar.n = total - sum(map(_epochs, waiting)) - going
                 bar.refresh()
         finally:
             for process in running:
@@ -265,10 +267,11 @@ def _note_end(plan: Plan, status: int, seconds: float) -> str:
     return "\n    ".join([f"{plan.arm}, seed {plan.seed}: status {status}; {output} ends with", *lines[-_LAST_LINES:]])
 
 
+def _epochs(plan: Plan) -> int:
+    return plan.recipe["trainer"]["epochs"]
+
+
 def _epochs_done(plan: Plan) -> int:
-    """Epochs of all stages; of a run that is not finished at most one less than all."""
-    epochs = plan.recipe["trainer"]["epochs"]
-    if finished(plan.folder):
-        return epochs
+    """Those of all stages, but not all of them, while the run goes on."""
     rows = sum(max(0, path.read_bytes().count(b"\n") - 1) for path in plan.folder.glob("log/**/metrics.csv"))
-    return min(rows, epochs - 1)
+    return min(rows, _epochs(plan) - 1)
