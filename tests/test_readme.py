@@ -35,6 +35,9 @@ ELSEWHERE = {
     "python train_semi.py --config exps/shapes_mean_teacher/config.yaml": PAGE_OF_METHOD,
     "sh tests/run.sh": "test_readme.py::test_ci_runs_the_test_command",
     "tensorboard --logdir exps/shapes_imas/log/tensorboard": "test_scripts.py::test_train_then_evaluate",
+    "python -m imas.export exps/shapes_imas/checkpoints/ckpt_best.pth shapes.pt2": (
+        "test_library.py::test_the_examples_of_the_page"
+    ),
     "python -m benchmarks.shapes": "test_readme.py::test_the_benchmark_of_the_embedded_set",
     "python -m benchmarks.survive": "test_survive.py::test_three_kills_on_one_process",
     "python -m benchmarks.step --recipe tiny": "test_precision.py::test_our_step_is_the_plain_twins",
@@ -159,7 +162,7 @@ def test_commands_that_are_tested_elsewhere_exist() -> None:
 def test_every_command_has_words_that_are_known(command: Command, project: Path) -> None:
     """Also of the commands that need data or GPUs."""
     parsers = {"train_semi.py": "train_semi", "eval.py": "eval", "imas.data": "imas.data.__main__"}
-    parsers["imas.compare"] = "imas.compare.__main__"
+    parsers |= {"imas.compare": "imas.compare.__main__", "imas.export": "imas.export"}
     made = {
         "exps/pets_sup230/config.yaml",
         "exps/seed1/config.yaml",
@@ -295,7 +298,9 @@ def test_the_picture_is_drawn_from_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [each for each in _blocks("python") if not each.text.startswith("# imas/")], ids=lambda block: block.page
+    "block",
+    [each for each in _blocks("python") if not each.text.startswith("# imas/") and each.page != "docs/library.md"],
+    ids=lambda block: block.page,
 )
 def test_examples_run(block: Block, tmp_path: Path) -> None:
     script = tmp_path / "example.py"

@@ -4,8 +4,8 @@
         --out runs/shapes --baseline shapes_sup
     python -m imas.compare --out runs/shapes --baseline shapes_sup --report-only
 
-Every run is train_semi.py in OUT/NAME/seed_N/; NAME is the folder of the YAML, or that of --arm. Called again, it goes on
-with what is not finished. The tables hold all runs in OUT: OUT/table.md, .csv, .json, .tex, and OUT/compare.html.
+Every run is train_semi.py in OUT/NAME/seed_N/; NAME is the folder of the YAML, or that of --arm. Called again, it goes
+on with what is not finished. The tables hold all runs in OUT: OUT/table.md, .csv, .json, .tex, and OUT/compare.html.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _baseline(name: str | None, recipes: dict[str, dict[str, Any]]) -> str | Non
         return name
     same = [arm for arm, recipe in recipes.items() if name in METHODS and name in recipe]
     if len(same) != 1:
-        found = f"{name} is the method of {', '.join(same)}" if same else f"no arm or method of this name"
+        found = f"{name} is the method of {', '.join(same)}" if same else "no arm or method of this name"
         raise UserError(f"--baseline {name}: {found}; expected one of {', '.join(recipes)}")
     return same[0]
 
