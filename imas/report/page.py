@@ -57,7 +57,7 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
 def _write(runs: Runs, out: Path) -> None:
     for stage in (stage for run in runs for stage in run.stages):
         _write([stage], stage.folder / "report.html")
-    names, recipes = [_label(run) for run in runs], [_flat(run.recipe) for run in runs]
+    names, recipes = [_label(run) for run in runs], [dotted(run.recipe) for run in runs]
     warnings = [(run, f"epoch {epoch}: {text}") for run in runs for epoch, text in run.warnings]
     sections = {
         "Warnings": "".join(f'<p class="warning">{_label(run)} {escape(text)}</p>' for run, text in warnings),
@@ -88,7 +88,7 @@ def _differences(recipes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _facts(run: Record) -> dict[str, Any]:
     """The rows of the summary."""
-    start, recipe = run.starts[-1] if run.starts else {}, _flat(run.recipe)
+    start, recipe = run.starts[-1] if run.starts else {}, dotted(run.recipe)
     lists = {name: entry["images"] for name, entry in (start.get("lists") or {}).items()}
     protocol = run.evaluation.get("protocol", {}).items()
     facts = {
@@ -191,9 +191,9 @@ def _label(run: Record) -> Markup:
     return Markup(run.label and f'<span class="run {run.colour}">{escape(run.label)}</span>')
 
 
-def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
+def dotted(section: dict, prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
