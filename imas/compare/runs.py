@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,7 +29,8 @@ from ..report.records import NETWORK_NAMES, Curve, read_records
 from .table import Run
 
 _SCRIPT = Path(__file__).parents[2] / "train_semi.py"
-_LAST_LINES = 6
+_LAST_LINES = 6  # of a run that failed
+_WORDS = {0: "finished in", Interrupted.status: "stopped and saved after", -signal.SIGTERM: "stopped after"}
 _LISTED = ("labeled", "unlabeled")  # of a data set's own section: what the digests of the lists tell
 _ASIDE = ("embedding", "sync_bn")  # of ``net``: what a method adds for training, and how it is carried out
 
@@ -259,9 +261,8 @@ def _note_end(plan: Plan, status: int, seconds: float) -> str:
     head = [] if _ends(plan.folder) else [("status", "seconds")]
     with open(plan.folder / "ended.csv", "a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([*head, (status, f"{seconds:.1f}")])
-    if status in (0, Interrupted.status):
-        how = "finished in" if status == 0 else "stopped and saved after"
-        return f"{plan.arm}, seed {plan.seed}: {how} {seconds:.0f} s"
+    if status in _WORDS:
+        return f"{plan.arm}, seed {plan.seed}: {_WORDS[status]} {seconds:.0f} s"
     output = plan.folder / "output.txt"
     lines = [line for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return "\n    ".join([f"{plan.arm}, seed {plan.seed}: status {status}; {output} ends with", *lines[-_LAST_LINES:]])
