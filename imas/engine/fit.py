@@ -33,7 +33,7 @@ from . import checkpoint, precision, provenance
 from .evaluate import Evaluation
 from .health import Health
 from .interrupt import Interrupted, Interruption
-from .log import RunLog
+from .log import RunLog, set_aside
 from .meter import Clock, Meter, NonFiniteLoss
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
 from .run import Run, resume, save, to_device
@@ -91,6 +91,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         if resumed_from is not None:
             resume(run, resumed_from, by_hand)
+        elif distributed.is_main():
+            set_aside(config.folder, config.stage)
         source = "none" if resumed_from is None else resumed_from.name
         distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
         _run_all(run, keep, stack)
