@@ -37,13 +37,18 @@ def carried_config(raw: Any, path: str | Path, overrides: Iterable[str] = ()) ->
     """The configuration that a checkpoint carries, as ``Config.to_dict`` gave it.
 
     Args:
-        raw: nested dicts.
+        raw: nested dicts; None of a checkpoint that carries none.
         path: the checkpoint, for messages.
         overrides: see ``load_config``.
 
     Raises:
-        ConfigError: see ``load_config``.
+        ConfigError: None; see ``load_config``.
     """
+    if raw is None:
+        raise ConfigError(
+            f"{path}: carries no configuration, as those of the authors' code; name one with --config, in Python with "
+            "recipe=load_config(...)"
+        )
     return _checked(raw, Reader(str(path)), Path(path), overrides)
 
 

@@ -606,7 +606,7 @@ WRONG_VALUES = {
     "null for a number": ("old", {"trainer.epochs": None}, "trainer.epochs", "an integer"),
     "text among numbers": ("old", {"dataset.train.rand_resize": [0.5, "two"]}, "dataset.train.rand_resize", "[low, h"),
     # names that are not in the table
-    "unknown data set": ("old", {"dataset.type": "ade20k"}, "dataset.type", "pascal or cityscapes or folder or shapes"),
+    "unknown data set": ("old", {"dataset.type": "ade20k"}, "dataset.type", "pascal or cityscapes or camvid or f"),
     "unknown optimiser": ("old", {"trainer.optimizer.type": "lion"}, "trainer.optimizer.type", "SGD or adam"),
     "unknown scheduler": ("old", {"trainer.lr_scheduler.mode": "step"}, "trainer.lr_scheduler.mode", "poly or cosine"),
     "unknown criterion": ("old", {"criterion.type": "dice"}, "criterion.type", "ce or ohem"),

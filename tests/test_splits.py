@@ -24,6 +24,10 @@ VAL = [f"2008_{number:06d}" for number in range(5)]
 VOC_TRAIN = POOL[5:15]
 RANDOM = [POOL[number] for number in (17, 3, 29)]  # in an order of its own
 CITY = [f"leftImg8bit/train/{city}/{city}_{number}_leftImg8bit.png" for city in ("bonn", "ulm") for number in range(3)]
+CAMVID = {
+    part: [f"{part}/0001TP_{30 * number + start:06d}.png" for number in range(count)]
+    for part, count, start in (("train", 10, 6690), ("val", 3, 8), ("test", 4, 17))
+}
 CITY_VAL = [f"leftImg8bit/val/jena/jena_{number}_leftImg8bit.png" for number in range(2)]
 
 
@@ -31,7 +35,7 @@ def _rest(names: list[str], pool: list[str] = POOL) -> list[str]:
     return [name for name in pool if name not in names]
 
 
-# What a manifest says of these: blended 2, classic 3 and 10; Cityscapes 1.
+# What a manifest says of these: blended 2, classic 3 and 10; Cityscapes 1; CamVid 3.
 LISTS = {
     "pascal/2/labeled.txt": (POOL[::16], "every 16"),
     "pascal/2/unlabeled.txt": (_rest(POOL[::16]), "complement"),
@@ -43,6 +47,11 @@ LISTS = {
     "cityscapes/1/labeled.txt": (CITY[1:2], "published"),
     "cityscapes/1/unlabeled.txt": (_rest(CITY[1:2], CITY), "complement"),
     "cityscapes/val.txt": (CITY_VAL, "val"),
+    "camvid/3/labeled.txt": (CAMVID["train"][::4], "every 4"),
+    "camvid/3/unlabeled.txt": ([name for number, name in enumerate(CAMVID["train"]) if number % 4], "complement"),
+    "camvid/train.txt": (CAMVID["train"], "train"),
+    "camvid/val.txt": (CAMVID["val"], "val"),
+    "camvid/test.txt": (CAMVID["test"], "test"),
 }
 PASCAL = [name for name in LISTS if name.startswith("pascal")]
 
@@ -93,8 +102,8 @@ def _assert_complete(out: Path, names: list[str]) -> None:
 
 def test_the_shipped_manifest_is_consistent() -> None:
     manifest = splits.MANIFEST
-    assert len(manifest) == 28 and len({entry.sha256 for entry in manifest.values()}) == 28
-    totals = {"pascal": 10582, "cityscapes": 2975}
+    assert len(manifest) == 35 and len({entry.sha256 for entry in manifest.values()}) == 35
+    totals = {"pascal": 10582, "cityscapes": 2975, "camvid": 367}
     for name, entry in manifest.items():
         dataset, *number, kind = name.split("/")
         if kind == "labeled.txt":
@@ -102,11 +111,15 @@ def test_the_shipped_manifest_is_consistent() -> None:
             assert entry.count + manifest[f"{dataset}/{number[0]}/unlabeled.txt"].count == totals[dataset]
             rule, _, step = entry.rule.partition(" ")
             if rule == "every":
-                assert len(range(totals["pascal"])[0 :: int(step)]) == entry.count
+                assert len(range(totals[dataset])[0 :: int(step)]) == entry.count
         else:
-            assert entry.rule == ("val" if kind == "val.txt" else "complement")
-    blended = {name.split("/")[1]: entry.rule for name, entry in manifest.items() if entry.rule.startswith("every")}
-    assert blended == {"662": "every 16", "1323": "every 8", "2646": "every 4", "5291": "every 2"}
+            rules = {"val.txt": "val", "test.txt": "test", "train.txt": "train", "unlabeled.txt": "complement"}
+            assert entry.rule == rules[kind]
+    every = {name.split("/")[1]: entry.rule for name, entry in manifest.items() if entry.rule.startswith("every")}
+    assert every == {
+        "662": "every 16", "1323": "every 8", "2646": "every 4", "5291": "every 2",
+        "46": "every 8", "92": "every 4",
+    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("_manifest")
@@ -174,6 +187,23 @@ def test_cityscapes(tmp_path: Path, clone: Path) -> None:
         (clone / "data/splits/cityscapes/1" / name).unlink()
     make_published("cityscapes", out, root=root, source=clone)
     _assert_complete(out, [name for name in LISTS if name.startswith("cityscapes")])
+
+
+@pytest.mark.usefixtures("_manifest")
+def test_camvid(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """All of its lists follow from its folder, whatever else the folder has."""
+    root, out = tmp_path / "CamVid", tmp_path / "out"
+    _touch(*(root / name for part in ("train", "val") for name in CAMVID[part]))
+    _touch(*(root / name.replace("/", "annot/") for part in CAMVID.values() for name in part))
+    _save(root / "train.txt", [f"/SegNet/CamVid/{name}" for name in CAMVID["train"]])
+    with pytest.raises(IncompleteError, match="1 of 5"):
+        make_published("camvid", out, root=root, download=True)
+    assert "not in the authors' repository; get it with --from FOLDER\n" in capsys.readouterr().out
+    _touch(*(root / name for name in CAMVID["test"]))
+    make_published("camvid", out, root=root)
+    _assert_complete(out, [name for name in LISTS if name.startswith("camvid")])
+    assert read_list(out / "camvid/3/labeled.txt") == [CAMVID["train"][number] for number in (0, 4, 8)]
+    assert protocol_of(*(LISTS[f"camvid/{name}.txt"][0] for name in ("3/labeled", "3/unlabeled", "val"))) == "Camvid 3"
 
 
 @pytest.mark.usefixtures("_manifest")

@@ -46,6 +46,8 @@ class Run:
     rates: dict[str, float] = field(default_factory=dict)  # what the method's last update gave for the log
     scores: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (index, score) of the epoch's unlabeled images
     whole: bool = True  # False within an update, while networks, teacher and momentum do not belong together
+    pace: float | None = None  # seconds an iteration, as lately
+    evaluating: float = 0.0  # seconds that the last evaluation took
     saved: float = field(default_factory=time.monotonic)  # time of the last checkpoint
 
     def progress(self, iteration: int, batch: int = 0) -> Progress:
