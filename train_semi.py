@@ -23,7 +23,7 @@ from imas import distributed
 from imas.build import build_method
 from imas.config import load_config
 from imas.data.check import Unhealthy, check_data, examine
-from imas.data.lists import Lists
+from imas.data.lists import Lists, read_lists
 from imas.data.loaders import TrainingData
 from imas.engine import checkpoint, lock, provenance
 from imas.engine.interrupt import interruptible
@@ -37,7 +37,7 @@ from imas.report import write as write_page
 from imas.schema import Config
 
 log = logging.getLogger("imas")
-_QUICK = 50  # images of each list that --check looks at
+_DECODED = 50  # images of each training list that --check decodes, beside all masks and validation images
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -108,7 +108,7 @@ def prepare(config: Config, resume: str, seed: int, check: bool) -> Lists | None
     resumed = in_folder(checkpoint.find_checkpoint, config.snapshot_dir, resume)
     if resumed is not None and distributed.is_main():
         in_folder(_check_resumed, resumed, config, seed, resume != "auto")
-    lists = together(check_data, config) if distributed.is_main() else None
+    lists = together(read_lists if check else check_data, config) if distributed.is_main() else None
     if config.saver.use_tb and distributed.is_main():
         together(need_tensorboard)
     start = None if resumed is not None else config.trainer.start_from
@@ -149,8 +149,8 @@ def report(config: Config, lists: Lists, seed: int) -> None:
         log.info("translated: %s", "; ".join(config.translated))
     for line in explain_batch(config, world):
         log.warning(line)
-    health = examine(config, lists, limit=_QUICK)
-    log.info("data, at most %d images of each list:\n%s", _QUICK, "\n".join([health.table, *health.lines()]))
+    health = examine(config, lists, decoded=_DECODED)
+    log.info("data, with %d images of each training list:\n%s", _DECODED, "\n".join([health.table, *health.lines()]))
     log.info("%s", in_numbers(config, lists, len(data), world))
     if health.wrong:
         raise Unhealthy("something is wrong with the data, see above; python -m imas.data check looks at all of it")

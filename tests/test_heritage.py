@@ -119,7 +119,7 @@ def test_resume_from_a_file_equals_resume_from_the_last(experiment: Experiment, 
     kept = tmp_path / "kept.pth"
     kept.write_bytes((first.parent / "checkpoints" / "ckpt.pth").read_bytes())
     # The rates depend on the number of epochs, which is set back to three for both.
-    assert run("train_semi.py", "--config", first, "--resume", "auto").returncode == 0
+    assert run("train_semi.py", "--config", first, "--resume", first.parent / "checkpoints/ckpt.pth").returncode == 0
     carried = run("train_semi.py", "--config", second, "--resume", kept)
     assert carried.returncode == 0 and "momentum" not in carried.stdout
     states = [

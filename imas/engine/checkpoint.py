@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..legacy import STATE_KEYS
 from ..methods.base import Method
-from ..models.pretrained import compare_states, describe_misfits, load_safely
+from ..models.pretrained import compare_states, describe_misfits, load_safely, need_finite
 
 log = logging.getLogger("imas")
 
@@ -140,7 +140,7 @@ def load_network(network: nn.Module, name: str, state: dict[str, Any], path: str
     """Load one network from a checkpoint's dict, by its name. A ``module.`` prefix is dropped.
 
     Raises:
-        UserError: the checkpoint has no such network, or its tensors do not fit; they are named.
+        UserError: the checkpoint has no such network, or its tensors do not fit or are not finite; they are named.
     """
     if state.get(state_key(name)) is None:
         raise UserError(f"{path}: has no network {name}; it has {', '.join(network_names(state))}")
@@ -149,6 +149,10 @@ def load_network(network: nn.Module, name: str, state: dict[str, Any], path: str
     if misfits:
         head = f"{path}: its {name} does not fit the network of the configuration:"
         raise UserError("\n  ".join([head, *misfits]))
+    try:
+        need_finite(weights, f"{path}, {name}")
+    except ValueError as error:
+        raise UserError(f"{error}. Take an earlier checkpoint") from None
     network.load_state_dict(weights)
 
 

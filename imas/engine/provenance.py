@@ -46,7 +46,7 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
             for name, names in lists.by_name().items()
             if names
         },
-        "files": {text: len(files) for text, files in lists.remarks.items()},
+        "files": dict(lists.files),
     }
 
 
