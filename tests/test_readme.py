@@ -22,6 +22,8 @@ import imas
 from benchmarks import picture, shapes
 from imas import load_config
 from imas.__main__ import COMMANDS as LISTED
+from imas.data.lists import read_lists
+from imas.errors import UserError
 from imas.methods import METHODS
 
 EXPS = (ROOT / "exps" / "README.md").read_text()
@@ -39,6 +41,12 @@ ELSEWHERE = {
         "test_library.py::test_the_examples_of_the_page"
     ),
     "python -m benchmarks.shapes": "test_readme.py::test_the_benchmark_of_the_embedded_set",
+    "python -m benchmarks.published": "test_compare.py::test_the_audit_of_published_runs_is_that_of_the_page",
+    "python -m imas.compare --configs exps/shapes_sup/config.yaml exps/shapes_imas/config.yaml --seeds 1 2 3 "
+    "--out runs/shapes --baseline sup_only": "test_compare.py::test_runs_are_trained_interrupted_and_not_repeated",
+    "python -m imas.compare --out runs/shapes --baseline sup_only --report-only": (
+        "test_compare.py::test_tables_of_stored_runs"
+    ),
     "python -m benchmarks.survive": "test_survive.py::test_three_kills_on_one_process",
     "python -m benchmarks.step --recipe tiny": "test_precision.py::test_our_step_is_the_plain_twins",
     "mkdir -p data/splits/pets": "test_add_a_dataset.py::test_the_data_set_of_the_page_is_split_checked_and_trained",
@@ -271,20 +279,20 @@ def test_ci_runs_the_test_command() -> None:
     assert "\nsh tests/run.sh\n" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_benchmark_of_the_embedded_set(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
-    """Every arm loads; the table follows from the figures."""
-
-    def figures(folder: Path, base: Path, seed: int, overrides: list[str]) -> dict[str, float]:
-        config = load_config(base, overrides)
-        rate = config.trainer.optimizer.kwargs.lr
-        names = ["student"] if config.method == "sup_only" else ["student", "teacher"]
-        return dict.fromkeys(names, 50 + seed - 10 * rate)
-
-    monkeypatch.setattr(shapes, "run", figures)
-    monkeypatch.setattr("sys.argv", ["shapes", "--out", str(tmp_path), "--seeds", "1", "3", "--jobs", "1"])
-    shapes.main()
-    printed = capsys.readouterr().out
-    assert "| SupOnly | 0.1 | 51.0 ± 1.4 |  |" in printed and "| iMAS | 0.1 | 51.0 ± 1.4 | 51.0 ± 1.4 |" in printed
+def test_the_benchmark_of_the_embedded_set(tmp_path: Path, monkeypatch) -> None:
+    """Every arm loads, and the unlabeled images of the control are the labeled ones."""
+    trained = []
+    monkeypatch.setattr("imas.compare.__main__.train", lambda plans, *_: trained.extend(plans))
+    with pytest.raises(UserError, match="no finished run"):
+        shapes.main(["--out", str(tmp_path), "--seeds", "1", "3", "--jobs", "1"])
+    assert [plan.seed for plan in trained] == [1] * 5 + [3] * 5
+    assert all(plan.recipe["dataset"]["shapes"]["seed"] == plan.seed for plan in trained)
+    control = next(plan.folder / "config.yaml" for plan in trained if plan.arm == "control")
+    recipe = next(plan.recipe for plan in trained if plan.arm == "control")
+    control.parent.mkdir(parents=True)
+    control.write_text(yaml.safe_dump(recipe))
+    lists = read_lists(load_config(control))
+    assert lists.unlabeled == lists.labeled and len(lists.labeled) == recipe["dataset"]["shapes"]["labeled"]
 
 
 def test_the_picture_is_drawn_from_a_run(tmp_path: Path) -> None:

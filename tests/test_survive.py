@@ -215,13 +215,14 @@ def test_another_number_of_processes_within_an_epoch(
     seen = draws(before, 0)[: step * 4 * before]
     found = Resumed(
         1, None, step, 20 // before, 4 * before, before, {"metrics": [], "scores": [[]] * before},
-        config=config.to_dict(), run=provenance.describe(config, lists, 0, before),
+        run=provenance.describe(config, lists, 0, before),
     )  # fmt: skip
     run = SimpleNamespace(
         config=config, description=found.run, data=range(20 // after), seed=0, device="cpu", meter=SimpleNamespace(),
         method=None, optimizer=None,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "read_or_previous", lambda path: ({"config": config.to_dict()}, path))
         patch.setattr(checkpoint, "resume", lambda *_: found)
         patch.setattr(distributed, "world_size", lambda: after)
         caplog.set_level(logging.INFO, "imas")
@@ -244,7 +245,7 @@ def test_another_number_of_processes_within_an_epoch(
             ("--set", "trainer.optimizer.kwargs.lr=0.5"),
             "trainer.optimizer.kwargs.lr: 0.02 (rank 0 on {host}) / 0.5 (rank 1",
         ),
-        (("--set", "dataset.shapes.unlabeled=12"), "unlabeled list: 16 images, "),
+        (("--set", "dataset.shapes.unlabeled=12"), "dataset.shapes.unlabeled: 16 (rank 0 on {host}) / 12 (rank 1"),
         (("--out", "elsewhere"), "run folder: "),
     ],
 )

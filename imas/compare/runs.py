@@ -19,7 +19,7 @@ from ..config import load_config
 from ..data.lists import read_lists
 from ..data.splits import digest
 from ..engine import provenance
-from ..engine.interrupt import interruptible
+from ..engine.interrupt import Interrupted, interruptible
 from ..engine.sliding import Protocol
 from ..errors import Together, UserError
 from ..files import replacing
@@ -102,7 +102,7 @@ def _check_unchanged(plan: Plan) -> None:
     if not (plan.folder / "log").is_dir():
         return
     lines = provenance.changes(read_recipe(plan.folder), plan.recipe)
-    lines = [line for line in lines if provenance.steers(line) or line.startswith("trainer.epochs")]
+    lines = list(filter(provenance.steers, lines))
     run = None if lines else read_run(plan.folder, plan.arm, plan.seed)
     if run is not None:  # its lists may have changed
         before = run.identity
@@ -198,8 +198,9 @@ def train(plans: Sequence[Plan], slots: Sequence[str], gpus: int) -> None:
     waiting = [plan for plan in plans if not finished(plan.folder)]
     free, failed, stopped = list(slots), [], False
     running: dict[subprocess.Popen, tuple[Plan, str, float]] = {}
-    total, done = (sum(plan.recipe["trainer"]["epochs"] for plan in group) for group in (plans, waiting))
-    bar = tqdm(total=total, initial=total - done, unit="epoch", dynamic_ncols=True, disable=None)
+    total = sum(map(_epochs, plans))
+    initial = total - sum(map(_epochs, waiting))
+    bar = tqdm(total=total, initial=initial, unit="epoch", dynamic_ncols=True, disable=None)
     with interruptible() as interruption, bar:
         try:
             while running or (waiting and not stopped):
@@ -219,7 +220,8 @@ def train(plans: Sequence[Plan], slots: Sequence[str], gpus: int) -> None:
                         line = _note_end(plan, process.returncode, time.monotonic() - began)
                         tqdm.write(line)
                         failed += [line] if process.returncode != 0 and not stopped else []
-                bar.n = sum(map(_epochs_done, plans))
+                going = sum(_epochs(plan) - _epochs_done(plan) for plan, *_ in running.values())
+                bar.n = total - sum(map(_epochs, waiting)) - going
                 bar.refresh()
         finally:
             for process in running:
@@ -228,21 +230,28 @@ def train(plans: Sequence[Plan], slots: Sequence[str], gpus: int) -> None:
                 process.wait()
     if stopped:
         left = sum(not finished(plan.folder) for plan in plans)
-        raise Unfinished(f"stopped: {left} of {len(plans)} runs are not finished; the same command goes on", 75)
+        raise Unfinished(
+            f"stopped: {left} of {len(plans)} runs are not finished; the same command goes on", Interrupted.status
+        )
     if failed:
         raise Unfinished("\n".join([f"{len(failed)} of {len(plans)} runs failed:", *failed]), 1)
 
 
 def start(plan: Plan, slot: str, gpus: int) -> subprocess.Popen:
     """Start the process of a run. It gets no signal of the terminal, but those that this process passes on."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
-    words = ["--config", str(plan.folder / "config.yaml"), "--seed", str(plan.seed), "--resume", "auto"]
     surroundings = {"CUDA_VISIBLE_DEVICES": slot} | ({} if slot else {"OMP_NUM_THREADS": "1"})
     with open(plan.folder / "output.txt", "a", encoding="utf-8") as output:
         return subprocess.Popen(
-            [sys.executable, *launcher, str(_SCRIPT), *words], env={**os.environ, **surroundings},
+            [sys.executable, *command(plan, gpus)], env={**os.environ, **surroundings},
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
+
+
+def command(plan: Plan, gpus: int) -> list[str]:
+    """The words that Python is started with."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+    words = ["--config", str(plan.folder / "config.yaml"), "--seed", str(plan.seed), "--resume", "auto"]
+    return [*launcher, str(_SCRIPT), *words]
 
 
 def _note_end(plan: Plan, status: int, seconds: float) -> str:
@@ -250,17 +259,19 @@ def _note_end(plan: Plan, status: int, seconds: float) -> str:
     head = [] if _ends(plan.folder) else [("status", "seconds")]
     with open(plan.folder / "ended.csv", "a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([*head, (status, f"{seconds:.1f}")])
-    if status == 0:
-        return f"{plan.arm}, seed {plan.seed}: finished in {seconds:.0f} s"
+    if status in (0, Interrupted.status):
+        how = "finished in" if status == 0 else "stopped and saved after"
+        return f"{plan.arm}, seed {plan.seed}: {how} {seconds:.0f} s"
     output = plan.folder / "output.txt"
     lines = [line for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return "\n    ".join([f"{plan.arm}, seed {plan.seed}: status {status}; {output} ends with", *lines[-_LAST_LINES:]])
 
 
+def _epochs(plan: Plan) -> int:
+    return plan.recipe["trainer"]["epochs"]
+
+
 def _epochs_done(plan: Plan) -> int:
-    """Epochs of all stages; of a run that is not finished at most one less than all."""
-    epochs = plan.recipe["trainer"]["epochs"]
-    if finished(plan.folder):
-        return epochs
+    """Those of all stages, but not all of them, while the run goes on."""
     rows = sum(max(0, path.read_bytes().count(b"\n") - 1) for path in plan.folder.glob("log/**/metrics.csv"))
-    return min(rows, epochs - 1)
+    return min(rows, _epochs(plan) - 1)

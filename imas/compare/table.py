@@ -110,7 +110,7 @@ def analyse(runs: Sequence[Run], arms: Sequence[str], seeds: Sequence[int], base
     for arm in arms:
         own = [run for run in runs if run.arm == arm]
         entry: dict[str, Any] = {"networks": {}, "difference": {}, "order": False}
-        for network in own[0].curves if own else ["?"]:
+        for network in own[0].curves if own else [MISSING]:
             values = {seed: there[arm, seed].curves[network].values for seed in seeds if (arm, seed) in there}
             last = {seed: values[seed][-1] if seed in values else None for seed in seeds}
             best = {seed: max(values[seed]) if seed in values else None for seed in seeds}

@@ -203,25 +203,18 @@ class Resumed(NamedTuple):
     partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
     scaler: dict[str, Any] | None = None  # of fp16
     rates: dict[str, float] | None = None  # what the method's last update gave for the log
-    config: dict[str, Any] | None = None  # the recipe
     run: dict[str, Any] | None = None  # what ``provenance.describe`` gave
 
 
-def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: int) -> Resumed:
+def resume(state: dict[str, Any], path: Path, method: Method, optimizer: torch.optim.Optimizer) -> Resumed:
     """Load a run's method and momentum. Rates come from the configuration.
 
     A checkpoint of the authors' code has neither our best figures nor, always, the order of our parameters: what cannot
     be taken over is said.
 
     Raises:
-        UserError: see ``read`` and ``load_network``; a checkpoint without its epoch, or of a run with another seed.
+        UserError: see ``load_network``; a checkpoint without its epoch.
     """
-    state, path = _read_or_previous(path)
-    if state.get("seed", seed) != seed:
-        raise UserError(
-            f"{path}: that run had the seed {state['seed']}, this one has {seed}. Continue it with its own seed, or "
-            "name another saver.snapshot_dir"
-        )
     if type(state.get("epoch")) is not int:
         raise UserError(f"{path}: tells no epoch; as a start for a new run, name it in trainer.start_from")
     for name, network in method.networks().items():
@@ -232,14 +225,16 @@ def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: i
         log.warning("%s tells no best mIoU of ours: the best starts anew", path)
     description = state.get("run", {})
     step, world, batch = state.get("step", 0), description.get("processes", 1), description.get("total_batch", 0)
-    log.info("resumed after epoch %d%s from %s", state["epoch"] - 1, f" and {step} updates" if step else "", path)
+    done = [f"epoch {state['epoch'] - 1}"] if state["epoch"] else []
+    done += [f"{step} updates"] if step or not done else []
+    log.info("resumed after %s from %s", " and ".join(done), path)
     length = state.get("iterations_per_epoch")
     partial, scaler = state.get("partial"), state.get("scaler_state")
-    rates, config, run = (state.get(key) for key in ("rates", "config", "run"))
-    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, rates, config, run)
+    rates, run = state.get("rates"), state.get("run")
+    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, rates, run)
 
 
-def _read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:
+def read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:
     """A checkpoint; where it is torn or foreign, the one before it."""
     try:
         return read(path), path

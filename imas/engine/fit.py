@@ -147,7 +147,7 @@ def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> No
         if run_log.writer is not None and run.pictures_due():
             show_progress(run, evaluation, run_log)
     if not matrices:
-        log.info("all %d epochs were done before; to train anew, name another saver.snapshot_dir", epochs)
+        log.info("all %d epochs were done before; to train anew, name another folder with --out", epochs)
         matrices = evaluation(method.scored())
     if distributed.is_main():
         bar.clear()
