@@ -36,7 +36,7 @@ PAGE_OF_METHOD = "test_add_a_method.py::test_the_worked_example"
 ELSEWHERE = {
     "python train_semi.py --config exps/shapes_mean_teacher/config.yaml": PAGE_OF_METHOD,
     "sh tests/run.sh": "test_readme.py::test_ci_runs_the_test_command",
-    "tensorboard --logdir exps/shapes_imas/log/tensorboard": "test_scripts.py::test_train_then_evaluate",
+    "tensorboard --logdir exps/shapes_imas": "test_scripts.py::test_train_then_evaluate",
     "python -m imas.export exps/shapes_imas/checkpoints/ckpt_best.pth shapes.pt2": (
         "test_library.py::test_the_examples_of_the_page"
     ),
