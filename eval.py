@@ -30,20 +30,18 @@ from typing import Any
 from torch import nn
 
 from imas import distributed
-from imas.build import build_method, build_model
 from imas.config import carried_config, load_config
 from imas.data.catalog import catalog_of
 from imas.data.check import check_data
-from imas.data.lists import read_lists
 from imas.engine import checkpoint
 from imas.engine.evaluate import Evaluation, figures, format_table, write_csv, write_json
 from imas.engine.log import start_logging
 from imas.engine.pictures import confusion_picture
-from imas.engine.precision import prepare_network
 from imas.engine.predict import Incomplete, find_images, predict_images
 from imas.engine.sliding import Predictor, Protocol
 from imas.errors import Together, UserError, run_script
 from imas.files import replacing
+from imas.library import network_of
 from imas.schema import Config
 
 log = logging.getLogger("imas")
@@ -90,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     state = checkpoint.read(options.checkpoint)
     config = read_config(options, state)
     protocol = Protocol(None if options.whole else config.dataset.val.crop.size, options.flip, tuple(options.scales))
-    name, network = load_network(options, config, state)
+    name, network = network_of(state, options.checkpoint, config, options.network)
     about = {"network": name, "checkpoint": str(options.checkpoint), "epoch": state.get("epoch")}
     (evaluate if options.images is None else predict)(options, config, network, protocol, about)
 
@@ -150,12 +148,8 @@ def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
     """
     if options.config is not None:
         config = load_config(options.config, options.set)
-    elif state.get("config") is not None:
-        config = carried_config(state["config"], options.checkpoint, options.set)
     else:
-        raise UserError(
-            f"{options.checkpoint}: carries no configuration, as those of the authors' code; name one with --config"
-        )
+        config = carried_config(state.get("config"), options.checkpoint, options.set)
     catalog = catalog_of(config.dataset)
     if options.cityscapes_ids and catalog.test_ids is None:
         raise UserError(f"--cityscapes-ids: the data set of this configuration is {config.dataset.type}")
@@ -166,33 +160,13 @@ def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
     return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, val=val))
 
 
-def load_network(options: argparse.Namespace, config: Config, state: dict[str, Any]) -> tuple[str, nn.Module]:
-    """The network to evaluate and its name: one that the method scores, or any network of the checkpoint.
-
-    Raises:
-        UserError: no network of this name, or one that does not fit the configuration.
-    """
-    method, there = build_method(config, pretrained=False), checkpoint.network_names(state)
-    networks = method.networks()
-    scored = method.scored() if set(networks) <= set(there) else {}
-    name = options.network or next(iter(scored), there[0])
-    if name not in {*scored, *there}:
-        names = ", ".join(dict.fromkeys([*scored, *there]))
-        raise UserError(f"--network {name}: {options.checkpoint} has {names}")
-    if name not in scored:
-        networks = {name: networks.get(name) or build_model(config.net, pretrained=False)}
-    for each, network in networks.items():
-        checkpoint.load_network(network, each, state, options.checkpoint)
-        prepare_network(network, config.trainer)
-    return name, {**networks, **scored}[name].eval()
-
-
 def evaluate(
     options: argparse.Namespace, config: Config, network: nn.Module, protocol: Protocol, about: dict[str, Any]
 ) -> None:
     """Count on labeled images; print the table, and write what was asked for."""
-    lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
+    lists = check_data(config, training=False) if distributed.is_main() else None
     with distributed.process_group() as device:
+        lists = distributed.gather(lists)[0]
         evaluation = Evaluation(config, lists, device, protocol, options.accumulate)
         (matrix,) = evaluation({about["network"]: network.to(device)}).values()
     if not distributed.is_main():

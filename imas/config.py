@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,25 @@ def carried_config(raw: Any, path: str | Path, overrides: Iterable[str] = ()) ->
     """The configuration that a checkpoint carries, as ``Config.to_dict`` gave it.
 
     Args:
-        raw: nested dicts.
+        raw: nested dicts; None of a checkpoint that carries none.
         path: the checkpoint, for messages.
         overrides: see ``load_config``.
 
     Raises:
-        ConfigError: see ``load_config``.
+        ConfigError: None; see ``load_config``.
     """
+    if raw is None:
+        raise ConfigError(
+            f"{path}: carries no configuration, as those of the authors' code; name one with --config, in Python with "
+            "recipe=load_config(...)"
+        )
     return _checked(raw, Reader(str(path)), Path(path), overrides)
 
 
 def _checked(raw: Any, reader: Reader, path: Path, overrides: Iterable[str]) -> Config:
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected sections (dataset, trainer, net, ...), got {type(raw).__name__}")
+        got = "an empty file" if raw is None else type(raw).__name__
+        raise ConfigError(f"{path}: expected sections (dataset, trainer, net, ...), got {got}")
     raw, remarks = _with_todays_keys(_copied(raw), [parse_override(word) for word in overrides], reader)
     method = _method_section(raw, reader)
     options = reader.section(METHODS[method].Options, raw.pop(method, None), method)
@@ -91,7 +98,8 @@ def _with_todays_keys(raw: dict, words: list[tuple[str, Any]], reader: Reader) -
             value = get(own, today)
             remarks += more
         reader.lines.pop(today, None)
-        reader.overridden.add(today)
+        sections = itertools.accumulate(today.split("."), "{}.{}".format)
+        reader.overridden.add(next((section for section in sections if get(raw, section) is MISSING), today))
         if value is not MISSING:
             _override(raw, today, value)
     return raw, unfolded + remarks
@@ -106,7 +114,7 @@ def _override(raw: dict, key: str, value: Any) -> dict:
         try:
             put(raw, key, value)
         except ValueError as error:
-            raise ConfigError(f"override {key}={show(value)}: {error}") from None
+            raise ConfigError(f"--set {key}={show(value)}: {error}") from None
     return raw
 
 

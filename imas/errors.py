@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -55,13 +57,17 @@ class Together:
 def run_script(main: Callable[[], None]) -> None:
     """Call a script's ``main``. A ``UserError``, a full or read-only disk, a GPU out of memory and a worker process
     that has died end it with a message on stderr and an exit status instead of a traceback. Signs that a terminal or
-    job log cannot show are replaced.
+    job log cannot show are replaced. A command whose output nobody reads any more (``| head``) ends; a training goes
+    on, since its log file has what the console lacks.
     """
+    logging.raiseExceptions = False  # a handler that cannot write says so in a traceback
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
         main()
+    except BrokenPipeError as error:
+        _end(f"nobody reads the output any more ({error.strerror})", 128 + signal.SIGPIPE)
     except UserError as error:
         _end(str(error), error.status)
     except OSError as error:
@@ -78,6 +84,11 @@ def run_script(main: Callable[[], None]) -> None:
         else:
             raise
         _end(f"{sentence} ({reason[0]})", UserError.status)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # would be told once more, in a traceback, when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(message: str, status: int) -> NoReturn:

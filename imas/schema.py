@@ -278,7 +278,7 @@ class Config:
 
     @property
     def log_dir(self) -> Path:
-        """Where the log lines, CSV files, pictures and TensorBoard files of this stage go."""
+        """Where the log lines, CSV files and pictures of this stage go."""
         return self.folder / "log" / self.stage
 
     def to_dict(self) -> dict:

@@ -50,7 +50,18 @@ def keys_of(kind: Any) -> dict[str, dataclasses.Field]:
 
 
 MISSING = object()  # the value of a key that is not there
-BAD = object()  # the value of a key that could not be read: nothing can be asked of it
+
+
+class _Bad:
+    """The value of a key that could not be read: what is asked of it, and what would print it, is a TypeError."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError("a value that could not be read")
+
+    __eq__ = __hash__ = __bool__ = __repr__ = _refuse
+
+
+BAD = _Bad()
 
 
 class Reader:
@@ -60,8 +71,8 @@ class Reader:
         source: what to call the input in messages, usually the file.
 
     ``lines`` holds the line of each dotted key, where known; ``written`` holds how the user wrote a key that goes by
-    another name today, and ``former`` the former names within a section; ``overridden`` holds the keys that the command
-    line sets.
+    another name today, and ``former`` the former names within a section; ``overridden`` holds the keys and sections
+    that the command line brings.
     """
 
     def __init__(self, source: str) -> None:
@@ -76,7 +87,7 @@ class Reader:
         """Note what is wrong with a key, unless something is known to be wrong with it already."""
         line = line or self.lines.get(key)
         where = self.source if line is None else f"{self.source}:{line}"
-        where = "--set" if key in self.overridden else where
+        where = "--set" if any(f"{key}.".startswith(f"{each}.") for each in self.overridden) else where
         self.errors.setdefault(key, f"{where}: {self.written.get(key, key) or 'top level'}: {message}")
 
     def finish(self) -> None:
@@ -235,11 +246,11 @@ def parse_override(word: str) -> tuple[str, Any]:
     """
     dotted, equals, text = word.partition("=")
     if not equals or not dotted:
-        raise ConfigError(f"override {word!r}: expected dotted.key=value, for example trainer.epochs=10")
+        raise ConfigError(f"--set {word}: expected dotted.key=value, for example trainer.epochs=10")
     try:
         return dotted, yaml.safe_load(text)
     except _UNLOADABLE as error:
-        raise ConfigError(f"override {word!r}: the value is not YAML: {error}") from None
+        raise ConfigError(f"--set {word}: the value is not YAML: {error}") from None
 
 
 def to_plain(value: Any) -> Any:

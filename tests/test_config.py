@@ -575,7 +575,7 @@ def test_overrides_make_sections_that_the_file_lacks(tmp_path: Path) -> None:
         ("trainer.epochs=", ["trainer.epochs", "integer", "null"]),
         ("trainer.epoch=3", ["trainer.epoch:", "unknown key", "epochs"]),
         ("trainer.epochs", ["trainer.epochs", "dotted.key=value"]),
-        ("=3", ["'=3'", "dotted.key=value"]),
+        ("=3", ["--set =3", "dotted.key=value"]),
         ("trainer.epochs.more=3", ["trainer.epochs.more=3", "epochs is not a section"]),
         ("trainer.epochs=[1", ["trainer.epochs=[1", "not YAML"]),
         ("saver.snapshot_dir=!!python/object/apply:os.getcwd []", ["saver.snapshot_dir", "not YAML"]),
@@ -606,7 +606,7 @@ WRONG_VALUES = {
     "null for a number": ("old", {"trainer.epochs": None}, "trainer.epochs", "an integer"),
     "text among numbers": ("old", {"dataset.train.rand_resize": [0.5, "two"]}, "dataset.train.rand_resize", "[low, h"),
     # names that are not in the table
-    "unknown data set": ("old", {"dataset.type": "ade20k"}, "dataset.type", "pascal or cityscapes or folder or shapes"),
+    "unknown data set": ("old", {"dataset.type": "ade20k"}, "dataset.type", "pascal or cityscapes or camvid or f"),
     "unknown optimiser": ("old", {"trainer.optimizer.type": "lion"}, "trainer.optimizer.type", "SGD or adam"),
     "unknown scheduler": ("old", {"trainer.lr_scheduler.mode": "step"}, "trainer.lr_scheduler.mode", "poly or cosine"),
     "unknown criterion": ("old", {"criterion.type": "dice"}, "criterion.type", "ce or ohem"),

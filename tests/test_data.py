@@ -19,18 +19,26 @@ from torchvision import transforms
 
 from imas.config import load_config
 from imas.data import strong
-from imas.data.catalog import CITYSCAPES, PASCAL, cityscapes_files, cityscapes_labels, pascal_files
+from imas.data.catalog import (
+    CAMVID,
+    CITYSCAPES,
+    PASCAL,
+    cityscapes_files,
+    cityscapes_labels,
+    open_source,
+    pascal_files,
+)
 from imas.data.check import check_data
 from imas.data.dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
 from imas.data.lists import read_list, read_lists
 from imas.data.loaders import EpochSampler, TrainingData, evaluation_batches, evaluation_loader, oversample
 from imas.data.normalise import Normalise
-from imas.data.source import FileSource, ShapesSource
+from imas.data.source import DataError, FileSource, ShapesSource
 from imas.data.strong import KINDS, OPERATIONS, strong_view
 from imas.data.weak import resized_size, weak_view
 from imas.engine.run import to_device
 from imas.errors import UserError
-from imas.schema import Config, StrongAug
+from imas.schema import Config, Dataset, StrongAug, TrainData
 
 CITY_NAME = "leftImg8bit/train/hamburg/hamburg_000000_080169_leftImg8bit.png"
 CITY_MASK = "gtFine/train/hamburg/hamburg_000000_080169_gtFine_{}.png"
@@ -190,6 +198,23 @@ def test_cityscapes_reads_raw_ids_through_the_standard_map(tmp_path: Path) -> No
     expected = [order.index(value) if value in TRAINED_IDS else 255 for value in ids.ravel().tolist()]
     assert label.ravel().tolist() == expected
     assert CITYSCAPES.class_names == tuple(TRAINED_IDS.values())
+
+
+def test_camvid_reads_masks_beside_the_folders_of_images(tmp_path: Path) -> None:
+    """``train/a.png`` has the mask ``trainannot/a.png``; 11 is ignored by whatever number."""
+    mask = np.array([[0, 10, 11]], dtype=np.uint8)
+    _save(tmp_path / "train/a.png", _noise(1, 3))
+    _save(tmp_path / "trainannot/a.png", mask)
+    for ignored in (11, 255):
+        source = open_source(Dataset("camvid", TrainData(), ignore_label=ignored), str(tmp_path))
+        image, label = EvaluationSet(source, ["train/a.png"])[0]
+        assert image.permute(1, 2, 0).numpy().tolist() == _noise(1, 3).tolist()
+        assert label.tolist() == [[0, 10, ignored]]
+    mask[0, 0] = 12
+    _save(tmp_path / "trainannot/a.png", mask)
+    with pytest.raises(DataError, match="trainannot/a.png.*12"):
+        EvaluationSet(source, ["train/a.png"])[0]
+    assert len(CAMVID.class_names) == len(CAMVID.palette) == 11
 
 
 def test_unlabeled_images_need_no_mask(tmp_path: Path) -> None:
@@ -898,6 +923,19 @@ def test_epoch_size_sets_the_iterations(tmp_path: Path) -> None:
         config = _shapes_config(tmp_path, f"dataset.train.epoch_size={size}")
         data = TrainingData(config, read_lists(config), seed=0, rank=0, world=1)
         assert len(data) == len(_batches(data, 0, True)) == iterations
+
+
+def test_with_an_epoch_size_the_baseline_sees_what_the_method_sees(tmp_path: Path) -> None:
+    """The same iterations, and the same labeled views in the same order; without it far fewer iterations."""
+    size = "dataset.train.epoch_size=20"
+    ours, baseline = _shapes_config(tmp_path, size), _shapes_config(tmp_path, size, "sup_only={}")
+    method, sup_only = (TrainingData(each, read_lists(each), seed=3, rank=0, world=1) for each in (ours, baseline))
+    assert len(method) == len(sup_only) == 10
+    for epoch in range(2):
+        seen, also = (_batches(data, epoch, data is method) for data in (method, sup_only))
+        assert _equal([batch["labeled"] for batch in seen], [batch["labeled"] for batch in also])
+    short = _shapes_config(tmp_path, "sup_only={}")
+    assert len(TrainingData(short, read_lists(short), seed=3, rank=0, world=1)) < 4
 
 
 def test_accumulated_batches_are_those_of_a_run_without(tmp_path: Path) -> None:

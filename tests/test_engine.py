@@ -210,18 +210,20 @@ def test_meter_names_the_first_bad_iteration() -> None:
     for value in (1.0, 3.0):
         meter.add({"loss_lb": torch.tensor(value)})
     assert meter.window(1) == {"loss_lb": 2.0}
+    meter.add({"loss_lb": torch.tensor(-0.0)})
+    assert str(meter.window(2)) == "{'loss_lb': 0.0}"  # never -0.0
     for value in (1.0, float("nan"), float("inf")):
         meter.add({"loss_lb": torch.tensor(1.0), "loss_ub": torch.tensor(value)})
-    with pytest.raises(NonFiniteLoss, match="iteration 3: loss_ub = nan"):
-        meter.window(4)
+    with pytest.raises(NonFiniteLoss, match="iteration 4: loss_ub = nan"):
+        meter.window(5)
 
 
 def test_csv_rows_of_a_cut_off_epoch_are_dropped(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, False, 0)
+    log = RunLog(tmp_path, None, 0)
     for epoch in range(3):
         log.metrics({"epoch": epoch, "loss_lb": 0.5})
         log.scores([(epoch, "a, b", 0.25)])
-    RunLog(tmp_path, False, 2)
+    RunLog(tmp_path, None, 2)
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines == ["epoch,loss_lb,loss_ub,miou_stu,miou_tea,best,best-stu", "0,0.5,,,,,", "1,0.5,,,,,"]
     assert (tmp_path / "scores.csv").read_text().splitlines() == [

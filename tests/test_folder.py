@@ -24,7 +24,7 @@ from imas.data.source import DataError, FileSource
 from imas.errors import ConfigError, UserError
 from imas.schema import Config
 
-PALETTE = [[9, 0, 0], [0, 250, 0], [0, 0, 70]]
+RGB = [[9, 0, 0], [0, 250, 0], [0, 0, 70]]
 SIZE = (36, 40)  # height, width
 GREEN = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) % 251
 
@@ -243,7 +243,7 @@ def test_images_of_every_kind_are_read_as_rgb(tmp_path: Path) -> None:
         ({"folder": {"class_names": list("abc"), "palette": [[0, 0, 0]]}}, "dataset.folder.palette", "3 in all"),
         ({"folder": {"class_names": list("abc"), "palette": [[0, 0, 256]] * 3}}, "dataset.folder.palette", "0..255"),
         ({"folder": {"class_names": list("abc"), "colours": [[0, 0, 0]]}}, "dataset.folder.colours", "3 in all"),
-        ({"folder": {"class_names": list("abc"), "palette": PALETTE, "colours": PALETTE}}, "dataset.folder.colours", ""),
+        ({"folder": {"class_names": list("abc"), "palette": RGB, "colours": RGB}}, "dataset.folder.colours", "leave"),
         ({"folder": {"class_names": list("abc"), "binary": True}}, "dataset.folder.binary", "two classes"),
         ({"folder": {"class_names": list("abc"), "ignore_colour": [0] * 3}}, "dataset.folder.ignore_colour", "palette"),
         ({"folder": {"class_names": list("abc"), "masks": "images"}}, "dataset.folder.mask_suffix", "missing"),
@@ -268,8 +268,8 @@ def test_classes_are_drawn_in_colours_far_apart_or_in_those_that_are_given(tmp_p
         colours = np.array([*palette, (0, 0, 0), (255, 255, 255)], float)
         distances = np.linalg.norm(colours[:, None] - colours, axis=2) + 999 * np.eye(count + 2)
         assert len(palette) == count and distances.min() > apart
-    given = _config(tmp_path, folder={"colours": PALETTE})
-    assert catalog_of(given.dataset).palette == tuple(map(tuple, PALETTE))
+    given = _config(tmp_path, folder={"colours": RGB})
+    assert catalog_of(given.dataset).palette == tuple(map(tuple, RGB))
 
 
 def test_class_0_of_own_data_counts_in_the_score(tmp_path: Path, experiment: Callable[..., Path]) -> None:
@@ -394,7 +394,10 @@ def _sick(root: Path, what: str) -> dict:
 
 DISEASES = {
     "unreadable image": (True, r"1 of the 8 unlabeled images cannot be used:\n.*without2\.jpg: cannot be read"),
-    "missing file": (True, r"1 of the 3 labeled images cannot be used:\n.*gone\.jpg: no such file"),
+    "missing file": (
+        True,
+        r"1 of the 3 labeled images cannot be used \(\S+ has the line 'gone.jpg'.*:\n.*gone\.jpg: no such file",
+    ),
     "other size": (True, r"with0\.jpg: the image is 40×36 pixels, its mask 10×12"),
     "foreign value": (True, r"with0\.png: 1440 pixels have the values 9; expected classes 0\.\.2 or 255"),
     "class not labeled": (True, "not in any labeled mask: right; .*cannot be learned"),

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ import train_semi
 from imas.config import load_config
 from imas.data.catalog import Catalog
 from imas.data.normalise import Normalise
+from imas.engine.fit import _time_left
 from imas.engine.health import Health
-from imas.engine.log import RunLog
+from imas.engine.log import RunLog, one_line, spoken
 from imas.engine.meter import Clock, Meter
 from imas.engine.pictures import look_sheet
 
 CLASSES = ("ground", "road", "roof")
-HEALTHY = {"seconds": 1.0, "seconds_waiting": 0.1, "score": 0.6, "agreement": 0.9}
+HEALTHY = {"loss_ub": 0.1, "seconds": 1.0, "seconds_waiting": 0.1, "score": 0.6, "agreement": 0.9}
 for _name, _share in zip(CLASSES, (0.5, 0.3, 0.2)):
     HEALTHY |= {f"labeled/{_name}": _share, f"predicted/{_name}": _share, f"confident/{_name}": _share / 2}
 LASTING = 5  # epochs, where an epoch has ten iterations or more
@@ -46,7 +48,6 @@ def health(experiment: Callable[..., Path]) -> Callable[..., Health]:
         ({"confident/roof": 0.0}, "no pixel of roof has passed the threshold for 5 epochs"),
         ({"confident/roof": 0.0, "confident/road": 0.0}, "no pixel of road, roof has passed"),
         ({"predicted/ground": 0.795, "predicted/road": 0.2, "predicted/roof": 0.005}, "collapsed onto ground: of roof"),
-        ({"predicted/ground": 0.3, "predicted/road": 0.64, "predicted/roof": 0.06}, "collapsed onto road: of roof"),
     ],
 )
 def test_each_thing_is_said_once_when_it_has_lasted(health, changes: dict, words: str) -> None:
@@ -67,7 +68,10 @@ def test_a_fall_of_the_selecting_network_is_said_at_once(health) -> None:
     ]
     assert said[:3] == [[]] * 3 and said[4] == []
     (warning,) = said[3]
-    assert "mIoU has fallen to 54.9 from 65.0" in warning and "10.1 points lost since the best epoch, 2." in warning
+    assert (
+        "mIoU has fallen to 54.9 from 65.0" in warning
+        and "10.1 points lost since the best epoch, 2: if log/views.png shows wrong pseudo labels" in warning
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,9 +86,12 @@ def test_the_first_class_to_die_is_named_at_once(health, dead: dict, words: str)
     alive = {"iou/road": 43.2, "iou/roof": 12.0, "miou_tea": 50.0}
     assert patient.look(HEALTHY | alive | {"epoch": 0}) == patient.look(HEALTHY | {"epoch": 1}) == []
     (warning,) = patient.look(HEALTHY | {"epoch": 2} | dead)
-    assert warning.startswith(f"the first class to die is road in epoch 2 (road: {words}): a longer")
+    assert warning.startswith(f"first class to die: road in epoch 2 (road: {words}): if log/views.png")
     (fall,) = patient.look(HEALTHY | dead | {"epoch": 3, "iou/roof": 0.0, "miou_tea": 30.0})
-    assert "20.0 points lost since the best epoch, 0; the first class to die was road in epoch 2." in fall
+    assert "20.0 points lost since the best epoch, 0; first class to die: road in epoch 2: if" in fall
+    assert patient.look(HEALTHY | alive | {"epoch": 4, "miou_tea": 60.0}) == []
+    again = patient.look(HEALTHY | dead | {"epoch": 5, "miou_tea": 30.0})
+    assert "first class to die: road in epoch 5" in again[0] and "30.0 points lost since the best epoch, 4" in again[1]
 
 
 def test_a_class_that_never_lived_does_not_die(health) -> None:
@@ -105,6 +112,24 @@ def test_advice_is_of_options_that_the_method_has(experiment: Callable[..., Path
         assert len(said) == 1 and advice in said[0]
 
 
+def test_supervised_training_hears_nothing_of_pseudo_labels(experiment: Callable[..., Path]) -> None:
+    config = load_config(experiment(), ["sup_only={}"])
+    patient = Health(config, 10, CLASSES, "miou_stu")
+    good = {
+        "iou/road": 43.2,
+        "iou/roof": 12.0,
+        "miou_stu": 50.0,
+        "loss_lb": 0.1,
+        "seconds": 1.0,
+        "seconds_waiting": 0.0,
+    }
+    said = [patient.look(good | {"epoch": 0}), patient.look(good | {"epoch": 1, "iou/road": 0.0, "miou_stu": 33.0})]
+    assert said[0] == [] and len(said[1]) == 2
+    assert "first class to die: road in epoch 1 (road: IoU 0.0 after 43.2): a lower trainer" in said[1][0]
+    assert "17.0 points lost since the best epoch, 0; first class to die: road in epoch 1: a lower" in said[1][1]
+    assert not any(word in "".join(said[1]) for word in ("pseudo", "views", "threshold", "unlabeled"))
+
+
 def test_a_method_without_scores_is_judged_by_its_pixels(health) -> None:
     patient = health()
     said = [patient.look({"pseudo": 0.001, "seconds": 1.0, "seconds_waiting": 0.0}) for _ in range(2 * LASTING)]
@@ -114,6 +139,8 @@ def test_a_method_without_scores_is_judged_by_its_pixels(health) -> None:
 
 def test_health_is_silent_where_all_is_well_or_a_bad_epoch_passes(health) -> None:
     patient = health()
+    lean = {"predicted/ground": 0.3, "predicted/road": 0.64, "predicted/roof": 0.06}  # no class has vanished
+    assert not any(health().look(HEALTHY | lean) for _ in range(30))
     for epoch in range(30):
         row = HEALTHY | ({"score": 0.0, "agreement": 0.1, "confident/roof": 0.0} if epoch % LASTING == 2 else {})
         assert patient.look(row) == []
@@ -182,13 +209,19 @@ def test_a_collapsing_run_says_so_and_shows_itself(experiment: Callable[..., Pat
     assert figures["protocol"]["images"] == 5
     assert Image.open(folder / "views.png").size[1] > 6 * 256  # three hardest, three easiest
 
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "histograms": 0}).Reload()
-    assert [event.step for event in events.Images("views")] == [28, 56]
-    assert {"predictions", "views"} == set(events.Tags()["images"])
-    assert len(events.Histograms("scores")) == 14
-    wanted = {"loss_lb", "loss_ub", "pseudo", "pseudo_teacher", "score", "score_std", "agreement", "decay", "seconds"}
-    wanted |= {"seconds_waiting", "memory_mib", "lr_encoder", "lr_heads", "confident/dots", "epoch/miou_tea"}
-    assert wanted <= set(events.Tags()["scalars"])
+    size = {"images": 0, "histograms": 0, "scalars": 0}
+    events = EventAccumulator(str(config.parent), size_guidance=size).Reload()  # which is the run's name
+    assert [event.step for event in events.Images("train/views")] == [28, 56]
+    assert {"val/predictions", "train/views"} == set(events.Tags()["images"])
+    assert len(events.Histograms("train/scores")) == 14
+    wanted = {f"train/{name}" for name in ("loss_lb", "loss_ub", "pseudo", "score", "agreement", "decay")}
+    wanted |= {"val/mIoU", "val/mIoU_student", "val/IoU/dots", "lr", "time/seconds", "time/seconds_waiting"}
+    tags = set(events.Tags()["scalars"])
+    assert wanted <= tags and {tag.split("/")[0] for tag in tags} == {"lr", "time", "train", "train_classes", "val"}
+    assert [(event.step, event.value) for event in events.Scalars("val/mIoU")] == [
+        (56, pytest.approx(float(last["miou_tea"]), rel=1e-6))
+    ]
+    assert [event.step for event in events.Scalars("train/loss_lb")] == [10, 20, 30, 40, 50]
 
 
 def test_a_run_is_not_lost_for_want_of_a_picture(experiment: Callable[..., Path], monkeypatch, capsys) -> None:
@@ -204,13 +237,45 @@ def test_a_run_is_not_lost_for_want_of_a_picture(experiment: Callable[..., Path]
 
 
 def test_rows_of_a_cut_off_epoch_are_forgotten(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, False, 0)
+    log = RunLog(tmp_path, None, 0)
     log.training({"epoch": 0, "loss_lb": 0.5})
     log.training({"epoch": 1, "loss_lb": 0.25, "score": 1.0})
     log.warn(1, "too, soon")
     assert (tmp_path / "training.csv").read_text().splitlines() == ["epoch,loss_lb,score", "0,0.5,", "1,0.25,1.0"]
-    assert RunLog(tmp_path, False, 1).rows == [{"epoch": 0, "loss_lb": 0.5}]
+    assert RunLog(tmp_path, None, 1).rows == [{"epoch": 0, "loss_lb": 0.5}]
     assert (tmp_path / "warnings.csv").read_text().splitlines() == ["epoch,warning"]
+
+
+def test_a_person_reads_one_line_of_a_step() -> None:
+    values = {"loss_lb": 0.14317, "loss_ub": 0.00717, "pseudo": 0.73245, "pseudo_teacher": 0.6, "score": 0.503}
+    values |= {"score_std": 0.1, "confident/dots": 0.5, "decay": 0.9, "lr_encoder": 0.05519, "lr_heads": 0.5519}
+    values |= {"seconds": 0.2628, "seconds_waiting": 0.0128}
+    line = "loss_lb 0.143, loss_ub 0.00717, pseudo 73 %, score 0.50, lr 0.055, 0.263 s/it, waits 5 %"
+    assert one_line(values) == line
+    assert len(f"2026-11-26 07:13:39  epoch 239 [1488/1488]: {line}, 12h35 left") <= 145
+    assert [spoken(seconds) for seconds in (3.4, 99, 100, 3600, 45300)] == ["3 s", "99 s", "2 min", "60 min", "12h35"]
+
+
+def test_time_left_counts_iterations_and_evaluations(experiment: Callable[..., Path]) -> None:
+    """Epochs of 4 iterations; evaluated after the third, sixth and seventh."""
+    config = load_config(experiment(), ["trainer.epochs=7", "trainer.eval_every=3"])
+    later = SimpleNamespace(needs_unlabeled=lambda epoch: epoch > 1)
+    run = SimpleNamespace(config=config, data=range(4), method=later, pace=None, evaluating=10.0)
+    assert _time_left(run, 3, 1.0) == "over 54 s left"
+    assert _time_left(run, 11, 1.0) == "46 s left"
+    assert _time_left(run, 12, 2.0) == "42 s left"  # pace 1.5
+    run.config = dataclasses.replace(config, stage="first")
+    assert _time_left(run, 27, 1.5) == "10 s left of this stage"
+
+
+def test_tensorboard_hides_what_a_cut_off_run_wrote_after_its_checkpoint(tmp_path: Path) -> None:
+    for updates, value in ((0, 1.0), (20, 2.0)):
+        log = RunLog(tmp_path, tmp_path, updates // 10, updates=updates)
+        for step in (10, 20, 30)[updates // 10 :]:
+            log.scalars({"train/loss_lb": value}, step)
+        log.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss_lb")
+    assert [(event.step, event.value) for event in events] == [(10, 1.0), (20, 1.0), (30, 2.0)]
 
 
 def test_meter_reads_a_value_for_each_class() -> None:

@@ -285,14 +285,14 @@ def test_box_sides(mean_score: float) -> None:
     assert abs(gaussian.std().item() - np.std(inside)) < 0.02
 
 
-def test_put_takes_what_is_inside_the_mask() -> None:
+def test_paste_takes_the_partners_box() -> None:
     base = torch.arange(3).view(3, 1, 1).expand(3, 2, 2).clone()
     mask = torch.zeros(3, 2, 2, dtype=torch.bool)
     mask[:, 0] = True
-    mixed = mixing.put(base, base.flip(0), mask)
+    mixed = mixing.paste(base, torch.tensor([2, 1, 0]), mask)
     assert mixed[:, 0, 0].tolist() == [2, 1, 0]
     assert mixed[:, 1, 0].tolist() == [0, 1, 2]
-    images = mixing.put(*(each.unsqueeze(1).expand(3, 3, 2, 2) for each in (base, base.flip(0))), mask)
+    images = mixing.paste(base.unsqueeze(1).expand(3, 3, 2, 2), torch.tensor([2, 1, 0]), mask)
     assert torch.equal(images[:, 2], mixed)
 
 

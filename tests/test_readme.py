@@ -22,18 +22,31 @@ import imas
 from benchmarks import picture, shapes
 from imas import load_config
 from imas.__main__ import COMMANDS as LISTED
+from imas.data.lists import read_lists
+from imas.errors import UserError
+from imas.methods import METHODS
 
+EXPS = (ROOT / "exps" / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in ("exps", "data/splits", "pretrained", "benchmarks")]
 
-# Commands of the pages that are not run here as they stand, nor marked "needs data", "needs GPUs" or "needs internet":
-# the test that runs them in a smaller form.
+# Commands of the pages that are not run here as they stand, nor marked "needs data", "needs GPUs", "needs internet"
+# or "needs an hour": the test that runs them in a smaller form.
 PAGE_OF_METHOD = "test_add_a_method.py::test_the_worked_example"
 ELSEWHERE = {
     "python train_semi.py --config exps/shapes_mean_teacher/config.yaml": PAGE_OF_METHOD,
     "sh tests/run.sh": "test_readme.py::test_ci_runs_the_test_command",
-    "tensorboard --logdir exps/shapes_imas/log/tensorboard": "test_scripts.py::test_train_then_evaluate",
+    "tensorboard --logdir exps": "test_scripts.py::test_train_then_evaluate",
+    "python -m imas.export exps/shapes_imas/checkpoints/ckpt_best.pth shapes.pt2": (
+        "test_library.py::test_the_examples_of_the_page"
+    ),
     "python -m benchmarks.shapes": "test_readme.py::test_the_benchmark_of_the_embedded_set",
+    "python -m benchmarks.published": "test_compare.py::test_the_audit_of_published_runs_is_that_of_the_page",
+    "python -m imas.compare --configs exps/shapes_sup/config.yaml exps/shapes_imas/config.yaml --seeds 1 2 3 "
+    "--out runs/shapes --baseline sup_only": "test_compare.py::test_runs_are_trained_interrupted_and_not_repeated",
+    "python -m imas.compare --out runs/shapes --baseline sup_only --report-only": (
+        "test_compare.py::test_tables_of_stored_runs"
+    ),
     "python -m benchmarks.survive": "test_survive.py::test_three_kills_on_one_process",
     "python -m benchmarks.step --recipe tiny": "test_precision.py::test_our_step_is_the_plain_twins",
     "mkdir -p data/splits/pets": "test_add_a_dataset.py::test_the_data_set_of_the_page_is_split_checked_and_trained",
@@ -70,7 +83,7 @@ def _commands() -> list[Command]:
     for block in _blocks("sh"):
         for line in block.text.replace("\\\n", " ").splitlines():
             text, _, comment = line.partition(" #")
-            marked = re.search("needs (data|GPUs|internet)", comment) is not None
+            marked = re.search("needs (data|GPUs|internet|an hour)", comment) is not None
             commands.append(Command(block.page, " ".join(text.split()), marked))
     return commands
 
@@ -92,7 +105,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.yaml").write_text(own)
     assert load_config(folder / "mine.yaml").dataset.folder.class_names == ("ground", "road", "roof")
     mine = yaml.safe_load(own)
-    mine["dataset"]["train"] |= {"batch_size": 2, "crop": {"size": 32}, "resize_base_size": 40}
+    mine["imas"]["sup_only_epoch"] = 0
+    mine["dataset"]["train"] |= {"batch_size": 2, "epoch_size": 8, "crop": {"size": 32}, "resize_base_size": 40}
     mine["dataset"]["workers"], mine["trainer"]["epochs"] = 0, 2
     mine["net"] = TINY["net"] | {"num_classes": 3}
     sup = TINY | {"trainer": {"epochs": 2, "optimizer": {"kwargs": {"lr": 0.02}}}}
@@ -156,6 +170,7 @@ def test_commands_that_are_tested_elsewhere_exist() -> None:
 def test_every_command_has_words_that_are_known(command: Command, project: Path) -> None:
     """Also of the commands that need data or GPUs."""
     parsers = {"train_semi.py": "train_semi", "eval.py": "eval", "imas.data": "imas.data.__main__"}
+    parsers |= {"imas.compare": "imas.compare.__main__", "imas.export": "imas.export"}
     made = {
         "exps/pets_sup230/config.yaml",
         "exps/seed1/config.yaml",
@@ -264,20 +279,20 @@ def test_ci_runs_the_test_command() -> None:
     assert "\nsh tests/run.sh\n" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_benchmark_of_the_embedded_set(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
-    """Every arm loads; the table follows from the figures."""
-
-    def figures(folder: Path, base: Path, seed: int, overrides: list[str]) -> dict[str, float]:
-        config = load_config(base, overrides)
-        rate = config.trainer.optimizer.kwargs.lr
-        names = ["student"] if config.method == "sup_only" else ["student", "teacher"]
-        return dict.fromkeys(names, 50 + seed - 10 * rate)
-
-    monkeypatch.setattr(shapes, "run", figures)
-    monkeypatch.setattr("sys.argv", ["shapes", "--out", str(tmp_path), "--seeds", "1", "3", "--jobs", "1"])
-    shapes.main()
-    printed = capsys.readouterr().out
-    assert "| SupOnly | 0.1 | 51.0 ± 1.4 |  |" in printed and "| iMAS | 0.1 | 51.0 ± 1.4 | 51.0 ± 1.4 |" in printed
+def test_the_benchmark_of_the_embedded_set(tmp_path: Path, monkeypatch) -> None:
+    """Every arm loads, and the unlabeled images of the control are the labeled ones."""
+    trained = []
+    monkeypatch.setattr("imas.compare.__main__.train", lambda plans, *_: trained.extend(plans))
+    with pytest.raises(UserError, match="no finished run"):
+        shapes.main(["--out", str(tmp_path), "--seeds", "1", "3", "--jobs", "1"])
+    assert [plan.seed for plan in trained] == [1] * 5 + [3] * 5
+    assert all(plan.recipe["dataset"]["shapes"]["seed"] == plan.seed for plan in trained)
+    control = next(plan.folder / "config.yaml" for plan in trained if plan.arm == "control")
+    recipe = next(plan.recipe for plan in trained if plan.arm == "control")
+    control.parent.mkdir(parents=True)
+    control.write_text(yaml.safe_dump(recipe))
+    lists = read_lists(load_config(control))
+    assert lists.unlabeled == lists.labeled and len(lists.labeled) == recipe["dataset"]["shapes"]["labeled"]
 
 
 def test_the_picture_is_drawn_from_a_run(tmp_path: Path) -> None:
@@ -291,7 +306,9 @@ def test_the_picture_is_drawn_from_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [each for each in _blocks("python") if not each.text.startswith("# imas/")], ids=lambda block: block.page
+    "block",
+    [each for each in _blocks("python") if not each.text.startswith("# imas/") and each.page != "docs/library.md"],
+    ids=lambda block: block.page,
 )
 def test_examples_run(block: Block, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
@@ -339,7 +356,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_tree_names_every_file_once() -> None:
-    (tree,) = re.findall(r"```\n(imas/ops.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (tree,) = re.findall(r"```\n(imas/ops.*?)```", (ROOT / "docs/house.md").read_text(), flags=re.DOTALL)
     lines = [line for line in tree.splitlines() if not line.startswith(" ")]
     named = [line.split()[0] for line in lines]
     assert all((ROOT / name).exists() for name in named)
@@ -350,18 +367,32 @@ def test_the_tree_names_every_file_once() -> None:
     assert sorted(name for name in named if name.startswith("imas/") and name not in folders) == sorted(files)
 
 
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_the_readme_counts_the_published_rows_of_each_method() -> None:
+    folders = re.findall(r"^\| `(\w+)` \|(?!.* inferred \|$)", EXPS, flags=re.MULTILINE)
+    counts = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if len(cells := _cells(line)) == 5 and cells[3].isdecimal():
+            counts[cells[0].strip("`")] = int(cells[3])
+    words = {section: f"_{section.removesuffix('_only')}" for section in METHODS}
+    assert counts == {section: sum(word in folder for folder in folders) for section, word in words.items()}
+
+
 def test_published_figures_are_those_of_the_recipes() -> None:
-    """The README's tables of the authors' results against the table of exps/README.md, cell by cell."""
+    """The tables at a glance against the table with all of each run, cell by cell."""
     recipes = {}
-    for line in (ROOT / "exps" / "README.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    for line in EXPS.splitlines():
+        cells = _cells(line)
         if len(cells) == 10 and cells[0].startswith("`") and cells[9] != "inferred":
             figure = cells[8] if "_sup" in cells[0] else cells[7]
             recipes[cells[0].strip("`")] = figure.split()[0]
-    section = (ROOT / "README.md").read_text().split("## Published by the authors")[1].split("\n## ")[0]
+    section = EXPS.split("## Published by the authors")[1].split("\n## ")[0]
     seen = {}
     for table in re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE):
-        head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        head, _, *rows = map(_cells, table.splitlines())
         for title, *figures in rows:
             words = f"{head[0]}, {title}"
             dataset = "pascal" if "Pascal" in words else "cityscapes"

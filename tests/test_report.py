@@ -30,8 +30,7 @@ METRICS = ("epoch", "loss_lb", "loss_ub", "miou_stu", "miou_tea", "best", "best-
 CLASSES = ("ground", "<b>&\"road'", "a/b")
 HOSTILE = "<script>alert(1)</script>/ä&.jpg"
 PICTURES = ["Unlabeled images, as a step would have treated them", "Validation images", "Further pictures"]
-IMAGES = "The hardest and the easiest unlabeled images"
-SECTIONS = ["Warnings", "Summary", "Curves", "Classes, in percent", IMAGES, *PICTURES, "Recipe", "Environment"]
+SECTIONS = ["Warnings", "Summary", "Curves", "Classes, in percent", *PICTURES, "Recipe", "Environment"]
 
 
 def _table(path: Path, header: tuple[str, ...] | list[str], rows: list) -> None:
@@ -53,9 +52,9 @@ def _make_run(folder: Path, threshold: float = 0.9, scale: float = 1.0) -> Path:
     always = {"lr_encoder": 0.1, "lr_heads": 1.0, "seconds": 0.5, "seconds_waiting": 0.1, "memory_mib": 700}
     columns = [*always, *unlabeled, "own"]
     training = [[e, *always.values(), *(unlabeled.values() if e else [""] * len(unlabeled)), e * e] for e in range(6)]
-    _table(log / "training.csv", ["epoch", *columns], training)
-    scores = [[e, name, 0.1 * e + 0.05 * n] for e in range(1, 6) for n, name in enumerate([HOSTILE, "b", "c", "d"])]
-    _table(log / "scores.csv", ("epoch", "image", "score"), scores)
+    ious = [[10.0 * e, 50.0] if e in miou else ["", ""] for e in range(6)]
+    rows = [[*row, *iou] for row, iou in zip(training, ious)]
+    _table(log / "training.csv", ["epoch", *columns, "iou/ground", f"iou/{HOSTILE}"], rows)
     _table(log / "warnings.csv", ("epoch", "warning"), [[4, "class a/b never passes, try <less>"]])
     figures = {"miou": 65.0, "fwiou": 70.0, "pixel_accuracy": 80.0, "mean_accuracy": 75.0}
     figures |= {"iou": {"ground": 90.0, CLASSES[1]: None, "a/b": 40.0}, "accuracy": dict.fromkeys(CLASSES, 75.0)}
@@ -128,12 +127,13 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     assert [_text(item) for item in tree.findall(".//p[@class='warning']")] == [
         "epoch 4: class a/b never passes, try <less>"
     ]
-    assert len(_charts(tree)) == 12 and _charts(tree)[-2:] == ["own", "Pseudo labels, share of all pixels"]
+    assert len(_charts(tree)) == 11
+    assert _charts(tree)[-3:] == ["own", "IoU in percent", "Pseudo labels, share of all pixels"]
     summary = dict(_rows(tree, "Summary"))
     assert summary["method"] == "imas" and summary["started"] == "2026-11-23 14:00" and summary["seed"] == "3"
     assert summary["images"] == "4 labeled, 4 unlabeled, 5 val" and summary["epochs"] == "6 of 6"
-    assert summary["best mIoU, student"] == "61.50 % in epoch 5 (last 61.50 %)"
-    assert summary["best mIoU, teacher"] == "66.00 % in epoch 3 (last 65.00 %)"
+    assert summary["best mIoU, student"] == "61.50 % in epoch 5; last 61.50 %, 0.00 points lost"
+    assert summary["best mIoU, teacher"] == "66.00 % in epoch 3; last 65.00 %, 1.00 points lost"
     assert summary["measured on"] == "epoch 6, images 5, window 48"
 
     table = _rows(tree, "Classes, in percent")
@@ -149,14 +149,7 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
         ["pixel_accuracy", "80.00", "80.00", "–", "–", "–"],
     ]
     assert _keys(tree, "Pseudo labels, share of all pixels") == ["ground 0.5", "<b>&\"road' 0.25", "a/b 0.1667"]
-    assert _rows(tree, IMAGES) == [
-        ["hardest first", "last score", "epoch", "since first"],
-        [HOSTILE, "0.500", "5", "+0.40"],
-        ["b", "0.550", "5", "+0.40"],
-        ["easiest first", "last score", "epoch", "since first"],
-        ["d", "0.650", "5", "+0.40"],
-        ["c", "0.600", "5", "+0.40"],
-    ]
+    assert _keys(tree, "IoU in percent") == ["ground 50", f"{HOSTILE} 50"]
     for image, name in zip(tree.iter("img"), ("views", "predictions", "method"), strict=True):
         data = base64.b64decode(image.get("src").partition(",")[2])
         assert data == (folder / "log" / f"{name}.png").read_bytes()
@@ -171,7 +164,6 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     ("missing", "section"),
     [
         ("warnings.csv", "Warnings"),
-        ("scores.csv", IMAGES),
         ("views.png", PICTURES[0]),
         ("predictions.png", PICTURES[1]),
         ("method.png", PICTURES[2]),
@@ -200,7 +192,7 @@ def test_a_folder_with_metrics_alone(tmp_path: Path) -> None:
     _table(metrics, METRICS, [[0, 1.5, "", "", "", "", ""], [1, "nan", "", 40.5, "", 40.5, 40.5], [2, 0.5]])
     tree = _tree(write([tmp_path]))
     assert _charts(tree) == ["Supervised loss", "mIoU in percent, the best marked"]
-    best = ["best mIoU, student", "40.50 % in epoch 1 (last 40.50 %)"]
+    best = ["best mIoU, student", "40.50 % in epoch 1; last 40.50 %, 0.00 points lost"]
     assert _rows(tree, "Summary") == [["epochs", "2 of ?"], best]
 
 
@@ -264,7 +256,9 @@ def test_stages_have_pages_of_their_own(tmp_path: Path) -> None:
         assert [link.text for link in links] == ["warm up", "train"]
         where = "" if out is None else "run/log/"
         assert [link.get("href") for link in links] == [f"{where}warm%20up/report.html", f"{where}train/report.html"]
-        assert ["best mIoU, teacher", *["66.00 % in epoch 3 (last 65.00 %)"] * 2] in _rows(tree, "Stages")
+        assert ["best mIoU, teacher", *["66.00 % in epoch 3; last 65.00 %, 1.00 points lost"] * 2] in _rows(
+            tree, "Stages"
+        )
     page = _tree(log / "train" / "report.html")
     assert page.findtext(".//h1") == "train" and _sections(page) == SECTIONS
     assert write([log / "train"]) == log / "train" / "report.html"
@@ -283,7 +277,6 @@ def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path: 
     [
         ("metrics.csv", "a,b\n1,2\n", "metrics.csv: expected a CSV file with the columns epoch"),
         ("training.csv", "epoch,loss_lb\n0,low\n", "training.csv: expected numbers, got 'low'"),
-        ("scores.csv", "epoch,score\n0,1\n", "no image"),
         ("evaluation.json", "{", "evaluation.json: cannot be read as JSON"),
         ("evaluation.json", "[]", "expected a mapping"),
         ("config.yaml", "a: [", "config.yaml: cannot be read as YAML"),

@@ -24,6 +24,10 @@ VAL = [f"2008_{number:06d}" for number in range(5)]
 VOC_TRAIN = POOL[5:15]
 RANDOM = [POOL[number] for number in (17, 3, 29)]  # in an order of its own
 CITY = [f"leftImg8bit/train/{city}/{city}_{number}_leftImg8bit.png" for city in ("bonn", "ulm") for number in range(3)]
+CAMVID = {
+    part: [f"{part}/0001TP_{30 * number + start:06d}.png" for number in range(count)]
+    for part, count, start in (("train", 10, 6690), ("val", 3, 8), ("test", 4, 17))
+}
 CITY_VAL = [f"leftImg8bit/val/jena/jena_{number}_leftImg8bit.png" for number in range(2)]
 
 
@@ -31,7 +35,7 @@ def _rest(names: list[str], pool: list[str] = POOL) -> list[str]:
     return [name for name in pool if name not in names]
 
 
-# What a manifest says of these: blended 2, classic 3 and 10; Cityscapes 1.
+# What a manifest says of these: blended 2, classic 3 and 10; Cityscapes 1; CamVid 3.
 LISTS = {
     "pascal/2/labeled.txt": (POOL[::16], "every 16"),
     "pascal/2/unlabeled.txt": (_rest(POOL[::16]), "complement"),
@@ -43,6 +47,11 @@ LISTS = {
     "cityscapes/1/labeled.txt": (CITY[1:2], "published"),
     "cityscapes/1/unlabeled.txt": (_rest(CITY[1:2], CITY), "complement"),
     "cityscapes/val.txt": (CITY_VAL, "val"),
+    "camvid/3/labeled.txt": (CAMVID["train"][::4], "every 4"),
+    "camvid/3/unlabeled.txt": ([name for number, name in enumerate(CAMVID["train"]) if number % 4], "complement"),
+    "camvid/train.txt": (CAMVID["train"], "train"),
+    "camvid/val.txt": (CAMVID["val"], "val"),
+    "camvid/test.txt": (CAMVID["test"], "test"),
 }
 PASCAL = [name for name in LISTS if name.startswith("pascal")]
 
@@ -93,8 +102,8 @@ def _assert_complete(out: Path, names: list[str]) -> None:
 
 def test_the_shipped_manifest_is_consistent() -> None:
     manifest = splits.MANIFEST
-    assert len(manifest) == 28 and len({entry.sha256 for entry in manifest.values()}) == 28
-    totals = {"pascal": 10582, "cityscapes": 2975}
+    assert len(manifest) == 35 and len({entry.sha256 for entry in manifest.values()}) == 35
+    totals = {"pascal": 10582, "cityscapes": 2975, "camvid": 367}
     for name, entry in manifest.items():
         dataset, *number, kind = name.split("/")
         if kind == "labeled.txt":
@@ -102,11 +111,15 @@ def test_the_shipped_manifest_is_consistent() -> None:
             assert entry.count + manifest[f"{dataset}/{number[0]}/unlabeled.txt"].count == totals[dataset]
             rule, _, step = entry.rule.partition(" ")
             if rule == "every":
-                assert len(range(totals["pascal"])[0 :: int(step)]) == entry.count
+                assert len(range(totals[dataset])[0 :: int(step)]) == entry.count
         else:
-            assert entry.rule == ("val" if kind == "val.txt" else "complement")
-    blended = {name.split("/")[1]: entry.rule for name, entry in manifest.items() if entry.rule.startswith("every")}
-    assert blended == {"662": "every 16", "1323": "every 8", "2646": "every 4", "5291": "every 2"}
+            rules = {"val.txt": "val", "test.txt": "test", "train.txt": "train", "unlabeled.txt": "complement"}
+            assert entry.rule == rules[kind]
+    every = {name.split("/")[1]: entry.rule for name, entry in manifest.items() if entry.rule.startswith("every")}
+    assert every == {
+        "662": "every 16", "1323": "every 8", "2646": "every 4", "5291": "every 2",
+        "46": "every 8", "92": "every 4",
+    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("_manifest")
@@ -174,6 +187,23 @@ def test_cityscapes(tmp_path: Path, clone: Path) -> None:
         (clone / "data/splits/cityscapes/1" / name).unlink()
     make_published("cityscapes", out, root=root, source=clone)
     _assert_complete(out, [name for name in LISTS if name.startswith("cityscapes")])
+
+
+@pytest.mark.usefixtures("_manifest")
+def test_camvid(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """All of its lists follow from its folder, whatever else the folder has."""
+    root, out = tmp_path / "CamVid", tmp_path / "out"
+    _touch(*(root / name for part in ("train", "val") for name in CAMVID[part]))
+    _touch(*(root / name.replace("/", "annot/") for part in CAMVID.values() for name in part))
+    _save(root / "train.txt", [f"/SegNet/CamVid/{name}" for name in CAMVID["train"]])
+    with pytest.raises(IncompleteError, match="1 of 5"):
+        make_published("camvid", out, root=root, download=True)
+    assert "not in the authors' repository; get it with --from FOLDER\n" in capsys.readouterr().out
+    _touch(*(root / name for name in CAMVID["test"]))
+    make_published("camvid", out, root=root)
+    _assert_complete(out, [name for name in LISTS if name.startswith("camvid")])
+    assert read_list(out / "camvid/3/labeled.txt") == [CAMVID["train"][number] for number in (0, 4, 8)]
+    assert protocol_of(*(LISTS[f"camvid/{name}.txt"][0] for name in ("3/labeled", "3/unlabeled", "val"))) == "Camvid 3"
 
 
 @pytest.mark.usefixtures("_manifest")
@@ -326,27 +356,6 @@ def test_samples_of_a_seed_share_val_and_grow() -> None:
     assert not set(large["labeled"]) & set(large["val"])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_stratified_samples_show_every_class(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture) -> None:
-    folder, mask_folder = _own(tmp_path)
-    masks = own_masks(folder, mask_folder, "_mask")
-    out = tmp_path / "out"
-    draw_splits(out, own_images(folder, masks), "2", "2", masks=masks, seed=seed, stratify=True)
-    lists = _drawn_lists(out)
-    assert "b/19.jpg" in lists["labeled"]
-    assert {"b/17.jpg", "a/18.jpg"} < set(lists["labeled"] + lists["val"])
-    said = capsys.readouterr().out
-    assert "val: no image could be had of these classes: 2" in said and "labeled: no image" not in said
-
-
-def test_the_rarest_class_comes_first_by_the_mask_that_shows_most() -> None:
-    shown = {POOL[0]: {0, 1}, POOL[1]: {0, 1, 2}, POOL[2]: {0, 3}, POOL[3]: {0, 2}, POOL[4]: {2}}
-    classes = {name: {0} for name in POOL} | shown
-    for seed in range(5):
-        assert drawn(POOL, 1, 0, seed, classes)["labeled"] == [POOL[2]]
-        assert drawn(POOL, 2, 1, seed, classes)["labeled"] == POOL[1:3]
-
-
 def test_mistakes_in_drawing_are_explained(tmp_path: Path) -> None:
     folder, mask_folder = _own(tmp_path)
     masks = own_masks(folder, mask_folder, "_mask")
@@ -361,11 +370,8 @@ def test_mistakes_in_drawing_are_explained(tmp_path: Path) -> None:
     for word in ("1/0", "many", "1.5.0"):
         refused("expected a count or a fraction", word)
     refused("12 labeled and 4 val images are more than the 15 images that have a mask, of 20", "12", "4", masks=masks)
-    refused("--stratify reads masks", "1", stratify=True)
     refused("--seed -1", "1", seed=-1)
     refused("none of the 20 images has a mask; that of a/00.jpg would be", "1", masks=own_masks(folder, mask_folder))
-    Image.new("RGB", (4, 4), (1, 2, 3)).save(mask_folder / "a/18_mask.png")
-    refused("18_mask.png: expected a mask of one channel", "1", masks=masks, stratify=True)
     assert not out.exists()
     with pytest.raises(UserError, match="no such folder"):
         own_masks(folder, tmp_path / "nowhere")
@@ -394,7 +400,7 @@ def test_the_commands(tmp_path: Path) -> None:
     folder, masks = _own(tmp_path)
     out = tmp_path / "drawn"
     words = ("-m", "imas.data", "splits", "--new", "--out", out, "--labeled", "3", "--val", "1/10")
-    ended = run(*words, "--images", folder, "--masks", masks, "--mask-suffix", "_mask", "--stratify")
+    ended = run(*words, "--images", folder, "--masks", masks, "--mask-suffix", "_mask")
     assert ended.returncode == 0, ended.stderr
     assert {kind: len(part) for kind, part in _drawn_lists(out).items()} == {"labeled": 3, "unlabeled": 15, "val": 2}
 

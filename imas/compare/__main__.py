@@ -4,8 +4,8 @@
         --out runs/shapes --baseline shapes_sup
     python -m imas.compare --out runs/shapes --baseline shapes_sup --report-only
 
-Every run is train_semi.py in OUT/NAME/seed_N/; NAME is the folder of the YAML, or that of --arm. Called again, it goes on
-with what is not finished. The tables hold all runs in OUT: OUT/table.md, .csv, .json, .tex, and OUT/compare.html.
+Every run is train_semi.py in OUT/NAME/seed_N/; NAME is the folder of the YAML, or that of --arm. Called again, it goes
+on with what is not finished. The tables hold all runs in OUT: OUT/table.md, .csv, .json, .tex, and OUT/compare.html.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("nothing to train: name --configs or --arm, and --seeds (or --report-only)")
     _slots(options)
     plans = make_plans(arms, options.seeds, options.set, out)
-    there = dict.fromkeys([*((plan.arm, plan.seed) for plan in plans), *found_runs(out)])
+    planned = [(plan.arm, plan.seed) for plan in plans]
+    there = dict.fromkeys([*planned, *found_runs(out)])
     names, seeds = list(dict.fromkeys(arm for arm, _ in there)), sorted({seed for _, seed in there})
     methods = {plan.arm: plan.recipe for plan in plans}
     methods |= {arm: read_recipe(run_folder(out, arm, seed)) for arm, seed in there if arm not in methods}
@@ -84,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"{out}: no finished run there")
     if runs:
         result = analyse(runs, names, seeds, baseline)
-        result["notes"] = [*(f"mixed: {line}" for line in problems), *result["notes"]]
+        earlier = [f"{arm} {seed}" for arm, seed in there if plans and (arm, seed) not in planned]
+        result["notes"] += [f"of earlier calls: {', '.join(earlier)}"] * bool(earlier)
+        result["notes"] += [f"mixed: {line}" for line in problems]
         print(write(out, result, runs))
         print(f"tables: {out / 'table.md'}, .csv, .json, .tex; page: {out / 'compare.html'}")
     if unfinished is not None:
@@ -96,7 +99,7 @@ def _arms(options: argparse.Namespace) -> dict[str, tuple[Path, list[str]]]:
     arms: dict[str, tuple[Path, list[str]]] = {}
     given = [[path.resolve().parent.name, path] for path in options.configs] + options.arm
     for name, *rest in given:
-        if not rest or Path(name).name != name:
+        if not rest or "/" in name or not name.strip("."):
             raise UserError(f"--arm {' '.join([name, *rest])}: expected NAME YAML KEY=VALUE ..., NAME without a /")
         if name in arms:
             raise UserError(
@@ -128,7 +131,7 @@ def _baseline(name: str | None, recipes: dict[str, dict[str, Any]]) -> str | Non
         return name
     same = [arm for arm, recipe in recipes.items() if name in METHODS and name in recipe]
     if len(same) != 1:
-        found = f"{name} is the method of {', '.join(same)}" if same else f"no arm or method of this name"
+        found = f"{name} is the method of {', '.join(same)}" if same else "no arm or method of this name"
         raise UserError(f"--baseline {name}: {found}; expected one of {', '.join(recipes)}")
     return same[0]
 

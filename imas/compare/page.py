@@ -15,7 +15,7 @@ from ..files import replacing
 from ..report.markup import Line, Markup, chart, document
 from ..report.markup import table as html_table
 from .runs import run_folder
-from .table import MISSING, Run, Section, flat, latex, markdown, sections
+from .table import MISSING, Run, Section, latex, markdown, rows_of, sections
 
 
 def write(out: Path, result: dict[str, Any], runs: Sequence[Run]) -> str:
@@ -38,7 +38,10 @@ def write(out: Path, result: dict[str, Any], runs: Sequence[Run]) -> str:
         with replacing(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     with replacing(out / "table.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(flat(result))
+        rows = rows_of(result)
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
+        writer.writeheader()
+        writer.writerows({key: MISSING if value is None else value for key, value in row.items()} for row in rows)
     return texts["table.md"]
 
 
@@ -49,8 +52,9 @@ def _page(out: Path, result: dict[str, Any], runs: Sequence[Run], tables: Sequen
     first, *others = (html_table(section.head, section.rows, True) for section in tables)
     notes = "".join(f'<p class="warning">{escape(note)}</p>' for note in result["notes"])
     contents = {
-        tables[0].title: html_table(["", ""], result["header"].items()) + first + notes,
-        "Curves": _curves(arms, runs),
+        "Conditions": html_table(["", ""], result["header"].items()),
+        tables[0].title: first + notes,
+        "Curves": f'<div style="max-width: 46rem">{_curves(arms, runs)}</div>',
         **{section.title: content for section, content in zip(tables[1:], others)},
         "Runs": html_table(["method", *(f"seed {seed}" for seed in seeds)], links),
     }
@@ -74,7 +78,7 @@ def _curves(arms: Sequence[str], runs: Sequence[Run]) -> str:
         whole = sorted(x for x, each in values.items() if len(each) == len(curves))
         means = [statistics.mean(values[x]) for x in whole]
         widths = [statistics.stdev(values[x]) if len(curves) > 1 else 0.0 for x in whole]
-        band = [(mean - width, mean + width) for mean, width in zip(means, widths)]
+        band = [(max(0.0, mean - width), min(100.0, mean + width)) for mean, width in zip(means, widths)]
         if whole:
             lines.append(Line(whole, means, f"c{i % 6}", i // 6, arm, False, band))
     title = "mIoU in percent of the selecting network: mean over seeds, and one standard deviation to each side"

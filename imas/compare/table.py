@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
+from ..report.page import dotted
 from ..report.records import Curve
 
+_WHICH = ("last", "best")  # epoch
 MISSING = "×"  # in the cell of a run that is not there
 COSTS: dict[str, tuple[str, str]] = {  # title and format
     "iterations": ("iterations", ",.0f"),
@@ -108,7 +110,7 @@ def analyse(runs: Sequence[Run], arms: Sequence[str], seeds: Sequence[int], base
     for arm in arms:
         own = [run for run in runs if run.arm == arm]
         entry: dict[str, Any] = {"networks": {}, "difference": {}, "order": False}
-        for network in own[0].curves if own else ["?"]:
+        for network in own[0].curves if own else [MISSING]:
             values = {seed: there[arm, seed].curves[network].values for seed in seeds if (arm, seed) in there}
             last = {seed: values[seed][-1] if seed in values else None for seed in seeds}
             best = {seed: max(values[seed]) if seed in values else None for seed in seeds}
@@ -119,12 +121,12 @@ def analyse(runs: Sequence[Run], arms: Sequence[str], seeds: Sequence[int], base
         entries[arm] = entry
     selected = {arm: next(iter(entry["networks"].values())) for arm, entry in entries.items()}
     for arm in arms if baseline else ():
-        for which in ("last", "best") if arm != baseline else ():
+        for which in _WHICH if arm != baseline else ():
             ours, theirs = (selected[name][which]["seeds"] for name in (arm, baseline))
             entries[arm]["difference"][which] = difference(ours, theirs)
     notes = _notes(selected, seeds, baseline)
     for one, other in combinations(arms, 2):
-        pairs = [[selected[name][which]["mean"] for name in (one, other)] for which in ("last", "best")]
+        pairs = [[selected[name][which]["mean"] for name in (one, other)] for which in _WHICH]
         if None not in sum(pairs, []) and math.prod(first - second for first, second in pairs) < 0:
             entries[one]["order"] = entries[other]["order"] = True
             texts = (" / ".join(f"{value:.2f}" for value in pair) for pair in pairs)
@@ -152,27 +154,21 @@ def _figure(values: dict[int, float | None]) -> dict[str, Any]:
     return {"mean": statistics.mean(there) if there else None, "sd": deviation, "seeds": values}
 
 
-def _mean(values: Any) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     there = [value for value in values if value is not None]
     return statistics.mean(there) if there else None
 
 
 def spread(values: Mapping[tuple[str, int], str]) -> str:
     """The texts of (arm, seed) as one: alone where all share it, else with the seeds, arms or runs that have it."""
-    labels: tuple[Callable[[tuple[str, int]], str], ...] = (
-        lambda run: "",
-        lambda run: f"seed {run[1]}",
-        lambda run: run[0],
-        lambda run: f"{run[0]} {run[1]}",
-    )
-    for label in labels:
-        texts, groups = defaultdict(dict), defaultdict(set)
-        for run, text in values.items():
-            texts[text][label(run)] = None
-            groups[label(run)].add(text)
-        if all(len(group) == 1 for group in groups.values()):
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    for form in ("seed {1}", "{0}", "{0} {1}"):
+        pairs = dict.fromkeys((text, form.format(*run)) for run, text in values.items())
+        if len({label for _, label in pairs}) == len(pairs):  # each has one text
             break
-    return "; ".join(text + (f" ({', '.join(names)})" if "" not in names else "") for text, names in texts.items())
+    texts = dict.fromkeys(text for text, _ in pairs)
+    return "; ".join(f"{text} ({', '.join(label for each, label in pairs if each == text)})" for text in texts)
 
 
 def sections(result: dict[str, Any]) -> list[Section]:
@@ -180,13 +176,13 @@ def sections(result: dict[str, Any]) -> list[Section]:
     seeds, baseline, arms = result["seeds"], result["baseline"], result["arms"]
     by_seed = f"by seed ({', '.join(map(str, seeds))})"
     head = ["method", "network", "last", by_seed, "best", by_seed]
-    head += [f"{which} minus {baseline}" for which in ("last", "best") if baseline]
+    head += [f"{which} minus {baseline}" for which in _WHICH if baseline]
     rows = []
     for arm, entry in arms.items():
         name, gains = arm + " †" * entry["order"], entry["difference"]
         for network, figures in entry["networks"].items():
-            cells = [text(figures[which]) for which in ("last", "best") for text in (summary, _by_seed)]
-            more = [_gain(gains.get(which)) if name and arm != baseline else "" for which in ("last", "best")]
+            cells = [text(figures[which]) for which in _WHICH for text in (summary, _by_seed)]
+            more = [_gain(gains.get(which)) if name and arm != baseline else "" for which in _WHICH]
             rows.append([name, network, *cells, *(more if baseline else ())])
             name = ""
     found = [Section("mIoU in percent, mean ± standard deviation over seeds", head, rows)]
@@ -245,24 +241,12 @@ def _escaped(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
-def flat(result: dict[str, Any]) -> list[list[Any]]:
-    """The first table and the costs for a CSV file, unrounded: a row for each network, with its header."""
-    seeds, whichs = result["seeds"], ("last", "best")
-    head = ["method", "network"]
-    for which in whichs:
-        head += [f"{which}_mean", f"{which}_sd", *(f"{which}_seed_{seed}" for seed in seeds)]
-    head += [f"{which}_minus_baseline_{part}" for which in whichs for part in ("mean", "low", "high", "separable")]
-    rows = [[*head, *COSTS]]
+def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of what ``analyse`` gave for a CSV file, unrounded: a row for each network."""
+    rows = []
     for arm, entry in result["arms"].items():
-        gains, costs = entry["difference"], entry["cost"]
+        more = {f"{which}_minus_baseline": gain for which, gain in entry["difference"].items() if gain}
         for network, figures in entry["networks"].items():
-            row: list[Any] = [arm, network]
-            for which in whichs:
-                values = (MISSING if value is None else value for value in figures[which]["seeds"].values())
-                row += [figures[which]["mean"], figures[which]["sd"], *values]
-            row += [
-                (gains.get(which) or {}).get(part) for which in whichs for part in ("mean", "low", "high", "separable")
-            ]
-            rows.append([*row, *(costs.get(key) for key in COSTS)])
-            gains, costs = {}, {}
+            rows.append({"method": arm, "network": network} | dotted(figures | more | entry["cost"]))
+            more = {}
     return rows

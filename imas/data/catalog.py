@@ -32,9 +32,10 @@ class Catalog:
     # (lists that are given, names of those to find) → lists, and what is said of which other files; None: the
     # configuration must name every list.
     find: Callable[[Mapping[str, list[str]], list[str]], tuple[dict, dict[str, tuple[str, ...]]]] | None = None
-    # Of a set with published lists, what its folder gives: "train", "val" and "pool", all training images, each as a
-    # list file or a pattern of files.
+    # Of a set with published lists, what its folder gives: "train", "val", "test" and "pool", all training images, each
+    # as a list file or a pattern of files.
     folder_lists: Mapping[str, str] = field(default_factory=dict)
+    line: str = "an image's path below dataset.train.data_root"  # what a list has in each line
     head_lr_times: float = 1.0  # default of ``trainer.optimizer.head_lr_times``
     test_ids: tuple[int, ...] | None = None  # numbers of the classes on the data set's test server, if they differ
     problems: Mapping[str, str] = field(default_factory=dict)  # dotted key → what is wrong with the configuration
@@ -78,6 +79,7 @@ PASCAL = Catalog(
         "val": "ImageSets/Segmentation/val.txt",
         "pool": "SegmentationClassAug/*.png",
     },
+    line="an image's name without folder and suffix, such as 2007_000032",
     head_lr_times=10.0,
 )  # fmt: skip
 
@@ -126,6 +128,33 @@ CITYSCAPES = Catalog(
 )  # fmt: skip
 
 
+def camvid_files(root: Path, name: str) -> tuple[Path, Path]:
+    """Image and mask of a list line, which is the image's path below the root: ``train/a.png`` has the mask
+    ``trainannot/a.png``.
+    """
+    folder, _, file = name.rpartition("/")
+    return root / name, root / f"{folder}annot" / file
+
+
+def camvid_labels(path: Path, image: Image.Image, ignore_index: int) -> np.ndarray:
+    """``index_labels``; 11 is void, whatever number the configuration ignores."""
+    labels = index_labels(path, image)
+    return np.where(labels == 11, np.uint8(ignore_index), labels)
+
+
+# The 480×360 version with 11 classes of the SegNet tutorial, and its colours.
+CAMVID = Catalog(
+    ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),
+    (
+        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
+        (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+    ),
+    camvid_files,
+    camvid_labels,
+    folder_lists={"train": "train/*.png", "val": "val/*.png", "test": "test/*.png", "pool": "train/*.png"},
+)  # fmt: skip
+
+
 def _own(dataset: Dataset) -> Catalog:
     """Own data is what its section of the configuration says."""
     options = dataset.folder
@@ -135,6 +164,7 @@ def _own(dataset: Dataset) -> Catalog:
         partial(folder.files, options),
         partial(folder.labels, options),
         find=partial(folder.lists, dataset),
+        line="an image's path below dataset.folder.images, such as a/b.jpg",
         problems=folder.problems(dataset),
     )
 
@@ -154,6 +184,7 @@ def _embedded(dataset: Dataset) -> Catalog:
 DATASETS: dict[str, Catalog | Callable[[Dataset], Catalog]] = {
     "pascal": PASCAL,
     "cityscapes": CITYSCAPES,
+    "camvid": CAMVID,
     "folder": _own,
     "shapes": _embedded,
 }

@@ -78,7 +78,9 @@ class FileSource:
                 f"{path}: {int(foreign.sum())} pixels have the values {_first(values)}; expected classes "
                 f"0..{self.num_classes - 1} or {self.ignore_index} (ignored){left_out if len(values) == 1 else ''}"
             )
-        return Image.fromarray(labels)
+        mask = Image.fromarray(labels)
+        mask.info["stored"] = stored  # for the doctor
+        return mask
 
     def paths(self, name: str) -> tuple[Path, Path]:
         """Image and mask of a list line, as their names are on the disk (see ``existing``)."""
@@ -143,12 +145,23 @@ def existing(*paths: Path) -> Path | None:
 
 
 def read_image(path: Path) -> Image.Image:
-    """A file as an RGB image, upright. Alpha is dropped, 16-bit grey is scaled to 8 bits.
+    """A file as an RGB image, upright: see ``as_rgb``.
 
     Raises:
         DataError: no image, or one with values beyond 16 bits.
     """
-    image = _opened(path)
+    return as_rgb(_opened(path), path)
+
+
+def as_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    """An image as RGB. Alpha is dropped, 16-bit grey is scaled to 8 bits.
+
+    Args:
+        path: for the message.
+
+    Raises:
+        DataError: values beyond 16 bits.
+    """
     if image.mode in ("F", "I", "I;16", "I;16B", "I;16L"):
         grey = np.asarray(image)
         if image.mode == "F" or grey.max(initial=0) > 65535 or grey.min(initial=0) < 0:
@@ -264,15 +277,22 @@ def _opened(path: Path, use: Callable[[Image.Image], Any] | None = None) -> Any:
     """What ``use`` makes of an image, by default the image as it is stored, turned upright by its EXIF orientation."""
     try:
         with Image.open(path) as image:
-            return (use or _upright)(image)
+            return (use or upright)(image)
     except Exception as error:  # a broken file makes Pillow raise almost anything
         reason = f"cannot be read as an image ({error or type(error).__name__})"
         if isinstance(error, OSError) and error.errno is not None:
             reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        elif not path.stat().st_size:
+            reason = "cannot be read as an image (the file is empty)"
         raise DataError(f"{path}: {reason}") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The same image, turned by its EXIF orientation.
+
+    Raises:
+        ValueError: a TIFF with bands that are neither colour nor alpha.
+    """
     image.load()
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     if set(tags.get(ExifTags.Base.ExtraSamples, ())) - _ALPHA:

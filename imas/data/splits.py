@@ -75,11 +75,17 @@ def _name_of(names: list[str]) -> str | None:
 def _title(name: str) -> str:
     """``pascal/662/labeled.txt`` → "Pascal blended 662 labeled", ``pascal/val.txt`` → "Pascal val"."""
     dataset, *number, kind = name.removesuffix(".txt").split("/")
-    blended = [listed for listed in _lists_of(dataset) if MANIFEST[listed].rule.startswith("every")]
+    rules = {listed: MANIFEST[listed].rule for listed in _lists_of(dataset) if listed.endswith("/labeled.txt")}
+    blended = [listed for listed, rule in rules.items() if rule.startswith("every")]
     words = [dataset.capitalize(), *number, kind]
-    if number and blended:  # else there is one kind of split
+    if number and 0 < len(blended) < len(rules):  # else there is one kind of split
         words.insert(1, "blended" if f"{dataset}/{number[0]}/labeled.txt" in blended else "classic")
     return " ".join(words)
+
+
+def _by_authors(name: str) -> bool:
+    """Whether the authors' repository has this list: it has those of data sets that no rule alone can split."""
+    return any(MANIFEST[listed].rule == "published" for listed in _lists_of(name.partition("/")[0]))
 
 
 def _lists_of(dataset: str) -> list[str]:
@@ -169,8 +175,9 @@ def _obtained(name: str, ways: dict[str, Way]) -> tuple[list[str] | None, str]:
         if digest(lines) == MANIFEST[name].sha256:
             return lines, f"{_DONE[flag]}: {origin}"
         reasons.append(f"{origin}: refused, another list than the published one, of {len(lines)} lines")
-    by_rule = [] if MANIFEST[name].rule == "published" else ["--root FOLDER"]
-    untried = [way for way in [*by_rule, "--from FOLDER", "--download"] if way.split()[0] not in ways]
+    possible = [] if MANIFEST[name].rule == "published" else ["--root FOLDER"]
+    possible += ["--from FOLDER"] + ["--download"] * _by_authors(name)
+    untried = [way for way in possible if way.split()[0] not in ways]
     return None, "; ".join([*reasons, *([f"get it with {' or '.join(untried)}"] if untried else [])])
 
 
@@ -234,6 +241,8 @@ def _copied(source: Path, name: str) -> tuple[list[str], str]:
 
 def _downloaded(silent: list[str], name: str) -> tuple[list[str], str]:
     """``silent`` keeps the URL that had no answer, after which no other is tried."""
+    if not _by_authors(name):
+        raise UserError("not in the authors' repository")
     if silent:
         raise UserError(f"no answer, as for {silent[0]}")
     url = AUTHORS + name

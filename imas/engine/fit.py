@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import resource
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator
 from functools import partial
@@ -33,7 +34,7 @@ from . import checkpoint, precision, provenance
 from .evaluate import Evaluation
 from .health import Health
 from .interrupt import Interrupted, Interruption
-from .log import RunLog
+from .log import RunLog, one_line, set_aside, spoken, tag
 from .meter import Clock, Meter, NonFiniteLoss
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
 from .run import Run, resume, save, to_device
@@ -91,6 +92,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         if resumed_from is not None:
             resume(run, resumed_from, by_hand)
+        elif distributed.is_main():
+            set_aside(config.folder, config.stage)
         source = "none" if resumed_from is None else resumed_from.name
         distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
         _run_all(run, keep, stack)
@@ -102,14 +105,15 @@ def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> No
     if config.net.sync_bn:
         synchronise(method)
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
+    epochs, done = config.trainer.epochs, run.epoch * len(data) + run.step
+    board = config.folder / config.stage if config.saver.use_tb else None
     run_log = stack.enter_context(
-        contextlib.closing(RunLog(config.log_dir, config.saver.use_tb, run.epoch, map(column, method.scored())))
+        contextlib.closing(RunLog(config.log_dir, board, run.epoch, map(column, method.scored()), done))
     )
     evaluation = Evaluation(config, run.lists, run.device)
     selecting = column(next(iter(method.scored())))
     health = Health(config, len(data), evaluation.catalog.class_names, selecting, run_log.rows)
     _announce(run, run_log)
-    epochs, done = config.trainer.epochs, run.epoch * len(data) + run.step
     bar = tqdm(
         total=epochs * len(data), initial=done, unit="it", leave=False, dynamic_ncols=True, mininterval=1.0,
         disable=None if distributed.is_main() else True,
@@ -125,17 +129,18 @@ def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> No
             if evaluates:  # a run that ends here has done all updates of the epoch, and not yet its end
                 bar.clear()
                 distributed.same_buffers(method)
+                began = time.monotonic()
                 matrices = evaluation(method.scored(), partial(run.interruption.asked, (epoch + 1) * len(data)))
+                run.evaluating = time.monotonic() - began
         run.begin_epoch(epoch + 1)
         if evaluates:
-            results, improved = _note_results(run, matrices, epoch)
+            results, improved = _note_results(run, run_log, matrices, epoch)
             row |= results
         # Rows come before the checkpoint: a run that is cut off between the two drops them when it resumes.
         run_log.metrics(row | {"epoch": epoch})
         run_log.training({"epoch": epoch} | row)
         for warning in health.look({"epoch": epoch} | row):
             run_log.warn(epoch, warning)
-        run_log.scalars({f"epoch/{name}": value for name, value in row.items()}, run.epoch * len(data))
         if epoch + 1 in keep and distributed.is_main():  # first: a run that is cut off in between repeats the epoch
             state = {"epoch": epoch + 1, **checkpoint.network_states(method.trained()), "config": config.to_dict()}
             checkpoint.save(state, config.snapshot_dir / checkpoint.kept(epoch + 1))
@@ -144,7 +149,7 @@ def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> No
         if run_log.writer is not None and run.pictures_due():
             show_progress(run, evaluation, run_log)
     if not matrices:
-        log.info("all %d epochs were done before; to train anew, name another saver.snapshot_dir", epochs)
+        log.info("all %d epochs were done before; to train anew, name another folder with --out", epochs)
         matrices = evaluation(method.scored())
     if distributed.is_main():
         bar.clear()
@@ -211,18 +216,18 @@ def _train_epoch(
         if logs or step + 1 == length:
             window = run.meter.window(iteration)
         if logs:
-            window |= _surroundings(run, clock)
-            run_log.scalars(window, iteration)
+            window |= run.rates | _learning_rates(run) | clock.means()
+            run_log.scalars({tag(name): value for name, value in window.items()}, iteration + 1)
             bar.clear()
-            figures = ", ".join(f"{name} {value:.5f}" for name, value in window.items() if "/" not in name)
-            log.info("epoch %d, iteration %d/%d: %s", epoch, step + 1, length, figures)
+            left = _time_left(run, iteration, window["seconds"])
+            log.info("epoch %d [%d/%d]: %s, %s", epoch, step + 1, length, one_line(window), left)
             if run.save_due() and step + 1 < length:
                 save(run, False)
     run.stop_if_asked((epoch + 1) * length)
     if config.dataset.on_error == "skip":
         _report_replaced(distributed.gather(replaced), epoch)
     write_scores(run, run_log, epoch)
-    return run.meter.means() | _surroundings(run, clock)
+    return run.meter.means() | run.rates | _learning_rates(run) | clock.means() | {"memory_mib": _memory(run.device)}
 
 
 def _update(
@@ -251,14 +256,32 @@ def _update(
     return {name: sum(scalars[name] for scalars in outputs) / len(outputs) for name in outputs[0]}
 
 
-def _surroundings(run: Run, clock: Clock) -> dict[str, float]:
-    """The log's numbers beside the method's scalars. A run that was interrupted knows only its last stretch's time."""
-    lrs = {f"lr_{group['part']}": group["lr"] for group in run.optimizer.param_groups}
-    if run.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(run.device) // 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # of the process
-    return run.rates | lrs | clock.means() | {"memory_mib": peak}
+def _learning_rates(run: Run) -> dict[str, float]:
+    """``lr`` where all parts of the networks have one rate, else one of each part."""
+    rates = {f"lr_{group['part']}": group["lr"] for group in run.optimizer.param_groups}
+    return rates if len(set(rates.values())) > 1 else {"lr": rates["lr_encoder"]}
+
+
+def _memory(device: torch.device) -> int:
+    """The most memory in MiB until now: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+
+
+def _time_left(run: Run, iteration: int, seconds: float) -> str:
+    """Time until the end of training, or of its stage, roughly: of iterations as long as lately, and evaluations.
+
+    Args:
+        seconds: an iteration took in this epoch.
+    """
+    trainer, length = run.config.trainer, len(run.data)
+    epoch = iteration // length
+    run.pace = seconds if run.pace is None else (run.pace + seconds) / 2
+    evaluations = -(-trainer.epochs // trainer.eval_every) - epoch // trainer.eval_every
+    left = (trainer.epochs * length - iteration - 1) * run.pace + evaluations * run.evaluating
+    slower_later = run.method.needs_unlabeled(trainer.epochs - 1) and not run.method.needs_unlabeled(epoch)
+    return "over " * slower_later + f"{spoken(left)} left" + " of this stage" * bool(run.config.stage)
 
 
 def column(name: str) -> str:
@@ -266,7 +289,9 @@ def column(name: str) -> str:
     return COLUMNS.get(name, f"miou_{name}")
 
 
-def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) -> tuple[dict[str, float], bool]:
+def _note_results(
+    run: Run, run_log: RunLog, matrices: dict[str, ConfusionMatrix], epoch: int
+) -> tuple[dict[str, float], bool]:
     """The columns of an evaluation, and whether it is the best so far; the run keeps the best."""
     results = {name: 100 * matrix.miou for name, matrix in matrices.items()}
     selecting = next(iter(results))
@@ -276,7 +301,10 @@ def _note_results(run: Run, matrices: dict[str, ConfusionMatrix], epoch: int) ->
     log.info("epoch %d: %s", epoch, ", ".join(figures))
     columns = {column(name): value for name, value in results.items()}
     ious = zip(run.meter.class_names, matrices[selecting].iou.tolist())
-    columns |= {f"iou/{name}": 100 * value for name, value in ious if value == value}  # no class absent from the truth
+    ious = {name: 100 * value for name, value in ious if value == value}  # no class absent from the truth
+    columns |= {f"iou/{name}": value for name, value in ious.items()}
+    tags = {"val/mIoU" + f"_{name}" * (name != selecting): value for name, value in results.items()}
+    run_log.scalars(tags | {f"val/IoU/{name}": value for name, value in ious.items()}, run.epoch * len(run.data))
     columns["best"] = run.best[selecting]
     others = [name for name in results if name != selecting] or [selecting]
     columns |= {column(name).replace("miou_", "best-"): run.best[name] for name in others}

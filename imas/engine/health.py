@@ -13,12 +13,11 @@ _EPOCHS, _ITERATIONS = 5, 50  # how long a state has to last, in both, before it
 _LITTLE = 0.01
 _DISAGREEMENT = 0.5
 _WAITING = 0.3
-_MANY, _FEW, _NONE = 2.0, 0.4, 0.05  # times the share that the labeled images have of a class
+_NONE = 0.05  # times the share that the labeled images have of a class
 _FALL = 10  # points of mIoU
 _ALIVE, _DEAD = 10, 0.5  # IoU in percent of a class before and after it died
-_GENTLER = (
-    "a longer .sup_only_epoch", "a lower .loss_weight", "a lower trainer.optimizer.kwargs.lr", "more labeled images",
-)  # fmt: skip
+_GENTLER = ("a lower trainer.optimizer.kwargs.lr", "more labeled images")
+_LESS_UNLABELED = ("a longer .sup_only_epoch", "a lower .loss_weight")
 
 
 class Health:
@@ -37,8 +36,8 @@ class Health:
         self.lasting = max(_EPOCHS, math.ceil(_ITERATIONS / length))  # epochs
         self.rows: list[Row] = []  # the last of them
         self.highest: Row = {}  # value of each column before the last row
-        self.best_epoch = 0
-        self.died = ""  # the first class to die, and when
+        self.best_epoch, self.fallen_from = 0, -1  # and the best epoch of the last warning of a fall
+        self.died, self.dead = "", False  # the first class to die, and when; whether any is dead now
         self.silent: set[str] = set()
         self.checks = [self._death, self._fall, self._waiting, self._no_score, self._full_score, self._disagreement]
         self.checks += [self._collapse, self._silence]
@@ -49,14 +48,18 @@ class Health:
         """Warnings about the run up to this row: what is wrong, and what may help."""
         self.rows = [*self.rows, row][-self.lasting :]
         warnings = [(check, warning) for check in self.checks if (warning := check())]
-        self.checks = [check for check in self.checks if check == self._silence or check not in dict(warnings)]
+        again = self._death, self._fall, self._silence
+        self.checks = [check for check in self.checks if check in again or check not in dict(warnings)]
         if row.get(self.selecting, -1) > self.highest.get(self.selecting, -1):
             self.best_epoch = int(row["epoch"])
+            self.died = self.died if self.dead else ""
         self.highest |= {name: max(value, self.highest.get(name, value)) for name, value in row.items()}
         return [warning for _, warning in warnings]
 
     def _death(self) -> str | None:
-        """At once, the first class to die on the validation images or in the pseudo labels."""
+        """At once, the first class to die on the validation images or in the pseudo labels; again where all have lived
+        at a new best.
+        """
         row, now = self.rows[-1], {}
         for name in self.class_names:
             iou, share = row.get(f"iou/{name}", _ALIVE), row.get(f"predicted/{name}", 1)
@@ -65,19 +68,21 @@ class Health:
                 now[name] = f"{name}: IoU {iou:.1f} after {best:.1f}"
             elif best > _ALIVE and share < _LITTLE * labeled:
                 now[name] = f"{name}: {100 * share:.2f} % of the pseudo labels, {100 * labeled:.1f} % of the labels"
-        if now:
+        self.dead = bool(now)
+        if now and not self.died:
             self.died = f"{', '.join(now)} in epoch {row['epoch']:.0f}"
-            return f"the first class to die is {self.died} ({'; '.join(now.values())}): {self._advice(*_GENTLER)}"
+            return f"first class to die: {self.died} ({'; '.join(now.values())}): {self._gentler()}"
 
     def _fall(self) -> str | None:
+        """At once, and again after a new best."""
         best = self.highest.get(self.selecting, 0)
         now = self.rows[-1].get(self.selecting, best)
-        died = f"; the first class to die was {self.died}" if self.died else ""
-        if now < best - _FALL:
+        died = f"; first class to die: {self.died}" if self.died else ""
+        if now < best - _FALL and self.best_epoch != self.fallen_from:
+            self.fallen_from = self.best_epoch
             return (
                 f"mIoU has fallen to {now:.1f} from {best:.1f}, of which ckpt_best.pth is: {best - now:.1f} points "
-                f"lost since the best epoch, {self.best_epoch}{died}. If log/views.png shows wrong pseudo labels, "
-                f"{self._advice(*_GENTLER)}"
+                f"lost since the best epoch, {self.best_epoch}{died}: {self._gentler()}"
             )
 
     def _waiting(self) -> str | None:
@@ -113,22 +118,19 @@ class Health:
             )
 
     def _collapse(self) -> str | None:
-        """A class has taken the place of at least half of the others: of their whole share in the labeled images, or
-        of much of it where the class itself has become much more.
-        """
+        """At least half of the classes have vanished, in the place of which there is another."""
         gained = {}
         for name in self.class_names:
             predicted, labeled = self._column(f"predicted/{name}"), self._column(f"labeled/{name}")
             if predicted and sum(labeled) > 0:
                 gained[name] = sum(predicted) / sum(labeled)
         onto = max(gained, key=gained.__getitem__, default="")
-        share = _FEW if gained.get(onto, 0) > _MANY else _NONE
-        lost = [name for name in gained if name != onto and gained[name] < share]
+        lost = [name for name in gained if name != onto and gained[name] < _NONE]
         if lost and 2 * len(lost) >= len(gained) - 1:
             return (
                 f"pseudo labels have collapsed onto {onto}: of {', '.join(lost)} there has been less than "
-                f"{100 * share:.0f} % of what the labeled images hold, for {self.lasting} epochs: "
-                f"{self._advice(*_GENTLER)}"
+                f"{100 * _NONE:.0f} % of what the labeled images hold, for {self.lasting} epochs: "
+                f"{self._gentler()}"
             )
 
     def _silence(self) -> str | None:
@@ -147,6 +149,12 @@ class Health:
         """The last values of a column, if every one of the last epochs has one; else none."""
         values = [row[name] for row in self.rows if name in row]
         return values if len(values) == self.lasting else []
+
+    def _gentler(self) -> str:
+        """Advice against wrong pseudo labels, or where there are none."""
+        if "loss_ub" not in self.rows[-1]:
+            return self._advice(*_GENTLER)
+        return f"if log/views.png shows wrong pseudo labels, {self._advice(*_LESS_UNLABELED, *_GENTLER)}"
 
     def _advice(self, *hints: str) -> str:
         """Hints as words. One that ends in ``.KEY`` is for methods that have this option, and names its value."""

@@ -1,8 +1,9 @@
-"""What a run tells: log lines, CSV files and TensorBoard, all with the same names, by the main process alone."""
+"""What a run tells: log lines, CSV files and TensorBoard, by the main process alone."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import sys
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,25 @@ def start_logging(folder: Path | None = None) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
 
 
+def set_aside(root: Path, stage: str) -> None:
+    """Move what an earlier run has left in a log folder, so that a new run overwrites nothing: ``log/STAGE`` to
+    ``log_before_1/STAGE``, or the next free number. ``train.log`` and ``run.yaml``, which are only added to, stay.
+
+    Args:
+        root: the folder of ``log/``.
+    """
+    folder = root / "log" / stage
+    if not (folder / "metrics.csv").is_file() or not _read(folder / "metrics.csv"):
+        return
+    numbered = (root / f"log_before_{number}" / stage for number in itertools.count(1))
+    aside = next(path for path in numbered if not (path / "metrics.csv").exists())
+    aside.mkdir(parents=True, exist_ok=True)
+    for pattern in ("*.csv", "*.png", "*.json", "*.html", "config.yaml", "tensorboard"):
+        for path in folder.glob(pattern):
+            path.rename(aside / path.name)
+    log.warning("%s: an earlier run has left its logs here; they are in %s now", folder, aside)
+
+
 def need_tensorboard() -> None:
     """Raise ``UserError`` where TensorBoard cannot be imported."""
     try:
@@ -43,16 +63,19 @@ def need_tensorboard() -> None:
 
 
 class RunLog:
-    """The CSV files of one run in the log folder, and ``writer``, TensorBoard's in ``tensorboard/``.
+    """The CSV files of one run in the log folder, and ``writer``, TensorBoard's.
 
     Args:
         folder: the log folder.
-        tensorboard: whether to write TensorBoard files; else, and on other ranks, ``writer`` is None.
+        board: folder of the TensorBoard files, whose path is the run's name there. None, and other ranks: no writer.
         first_epoch: rows of this epoch and later ones, left by a run that was cut off, are dropped.
         columns: further columns of ``metrics.csv``.
+        updates: updates done before; what a run that was cut off has written to TensorBoard of later ones is hidden.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool, first_epoch: int, columns: Iterable[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, board: Path | None, first_epoch: int, columns: Iterable[str] = (), updates: int = 0
+    ) -> None:
         self.folder, self.active, self.writer = folder, distributed.is_main(), None
         self.columns = tuple(dict.fromkeys((*METRICS, *columns)))
         self.rows: list[dict[str, float]] = []  # of training.csv
@@ -71,16 +94,16 @@ class RunLog:
         ):
             _write(folder / f"{name}.csv", columns, kept(name))
         self.rows = [{name: float(cell) for name, cell in row.items() if cell} for row in kept("training")]
-        if tensorboard:
+        if board is not None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
+            self.writer = SummaryWriter(str(board), purge_step=updates + 1 if updates else None)
 
-    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
-        """TensorBoard scalars."""
+    def scalars(self, values: Mapping[str, float], updates: int) -> None:
+        """TensorBoard scalars by tag, after this many updates."""
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, iteration)
+                self.writer.add_scalar(name, value, updates)
 
     def training(self, row: Mapping[str, float]) -> None:
         """One row of ``training.csv``, whose columns are all names that any epoch has brought."""
@@ -109,6 +132,33 @@ class RunLog:
         if self.active:
             with open(self.folder / f"{name}.csv", "a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)
+
+
+def tag(column: str) -> str:
+    """The TensorBoard tag of a column of ``training.csv`` that a step gives. TensorBoard makes a group of cards of what
+    is before the first slash, in alphabetical order, and opens two of them.
+    """
+    if column.partition("_")[0] in ("lr", "seconds"):
+        return column.replace("lr_", "lr/").replace("seconds", "time/seconds")
+    return f"train_classes/{column}" if "/" in column else f"train/{column}"
+
+
+def one_line(values: Mapping[str, float]) -> str:
+    """What a person reads of a step's columns: losses, share of pixels that pass, score, rate of the encoder, pace."""
+    words = [f"{name} {value:.3g}" for name, value in values.items() if name.startswith("loss")]
+    words += [f"pseudo {100 * values['pseudo']:.0f} %"] if "pseudo" in values else []
+    words += [f"score {values['score']:.2f}"] if "score" in values else []
+    words += [f"lr {value:.2g}" for name, value in values.items() if name in ("lr", "lr_encoder")]
+    waiting = 100 * values["seconds_waiting"] / values["seconds"]
+    return ", ".join([*words, f"{values['seconds']:.3g} s/it", f"waits {waiting:.0f} %"])
+
+
+def spoken(seconds: float) -> str:
+    """A stretch of time as a person reads it."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60}h{minutes % 60:02}"
 
 
 def last_scores(folder: Path) -> dict[str, tuple[int, float]]:

@@ -51,7 +51,7 @@ class Meter:
         mine = torch.stack([torch.cat([value.float().view(-1) for value in step.values()]) for step in self.waiting])
         first = iteration + 1 - len(mine)
         # Summed first: what is not finite on one rank stops all, at the same iteration.
-        values = distributed.sum_over_ranks(mine.clone()) / distributed.world_size()
+        values = distributed.sum_over_ranks(mine.clone()) / distributed.world_size() + 0.0  # which makes 0 of -0
         for offset, step in enumerate(values.tolist()):
             bad = [f"{name} = {value}" for name, value in zip(names, step) if not math.isfinite(value)]
             if bad:

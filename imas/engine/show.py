@@ -38,14 +38,15 @@ def write_scores(run: Run, run_log: RunLog, epoch: int) -> None:
         gathered.update(pairs)
     run_log.scores((epoch, run.lists.unlabeled[index], gathered[index]) for index in sorted(gathered))
     if run_log.writer is not None:
-        run_log.writer.add_histogram("scores", torch.tensor(list(gathered.values())), (epoch + 1) * len(run.data))
+        run_log.writer.add_histogram("train/scores", torch.tensor(list(gathered.values())), (epoch + 1) * len(run.data))
 
 
 def show_progress(run: Run, evaluation: Evaluation, run_log: RunLog) -> None:
     """Write pictures of some training and some validation images, always the same, to TensorBoard."""
 
     def show(name: str, sheet: Image.Image) -> None:
-        run_log.writer.add_image(name, TF.pil_to_tensor(sheet), run.epoch * len(run.data))
+        group = "val" if name == "predictions" else "train"
+        run_log.writer.add_image(f"{group}/{name}", TF.pil_to_tensor(sheet), run.epoch * len(run.data))
 
     _draw(run, evaluation, {}, show)
 
@@ -65,7 +66,7 @@ def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluatio
     log.info("checkpoints:  %s", config.snapshot_dir / ", ".join(written))
     log.info("curves:       %s, training.csv, scores.csv", config.log_dir / "metrics.csv")
     if config.saver.use_tb:
-        log.info("TensorBoard:  tensorboard --logdir %s", config.log_dir / "tensorboard")
+        log.info("TensorBoard:  tensorboard --logdir %s", config.folder.parent)
 
 
 def _draw(

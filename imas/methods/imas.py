@@ -212,7 +212,7 @@ class IMAS(StudentTeacher):
             partner = torch.randperm(batch, generator=generator).to(weak.device, non_blocking=True)
         else:
             partner = mixing.cutmix_partners(score)
-        image, *of_pseudo = (mixing.put(each, each[partner], mask) for each in (weak, *pseudo))
+        image, *of_pseudo = (mixing.paste(each, partner, mask) for each in (weak, *pseudo))
         return Mixed(image, Prediction(*of_pseudo))
 
     def consistency(self, coarse: Tensor, pseudo: Prediction, weight: Tensor | None) -> Tensor:

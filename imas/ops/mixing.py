@@ -99,6 +99,12 @@ def cutmix_mask(
 
     A box is int(H·side) × int(W·side) around a centre that is uniform in [H//border, H) × [W//border, W),
     clipped to the image.
+
+    Args:
+        batch, height, width: B, H, W.
+        side: fraction of the image's, in (0, 1], one for the batch.
+        generator: on the CPU.
+        device: of the mask.
     """
     rows = torch.randint(height // border, height, (batch,), generator=generator)
     columns = torch.randint(width // border, width, (batch,), generator=generator)
@@ -230,6 +236,17 @@ def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     y = torch.arange(height, device=boxes.device).view(1, -1, 1)
     x = torch.arange(width, device=boxes.device).view(1, 1, -1)
     return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
+def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
+    """``base`` with each image's box taken from its partner (CutMix; spec, step 6).
+
+    Args:
+        base: images (B, 3, H, W), labels or confidences (B, H, W).
+        partner: (B,) int64, of ``cutmix_partners``, or any permutation.
+        mask: (B, H, W) bool, True where the partner is seen, of ``cutmix_mask``.
+    """
+    return put(base, base[partner], mask)
 
 
 def put(base: Tensor, patch: Tensor, mask: Tensor) -> Tensor:

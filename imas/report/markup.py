@@ -23,6 +23,7 @@ h1 { margin: 0 } h2 { margin: 2.4rem 0 .7rem; font-size: 1.2rem } p { margin: .3
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.6rem 1.4rem }
 figure { margin: 0 } figcaption { font-weight: 600 } .wide { overflow-x: auto; margin: .6rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } .n td, .n th + th { text-align: right }
+.n td, .n thead th { white-space: nowrap }
 th, td { padding: .22rem 1.2rem .22rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #dde1e6 }
 img { display: block; max-width: 100% } pre { overflow-x: auto; font-size: .82rem }
 svg { display: block; width: 100%; overflow: visible; font: 12px system-ui, sans-serif; fill: #626b76 }

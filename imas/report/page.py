@@ -20,7 +20,6 @@ from .records import NETWORK_NAMES, Record, read_records
 
 Runs = Sequence[Record]
 
-_EXTREMES = 8  # of the hardest and of the easiest images
 _GENERAL = ("dataset", "trainer", "net", "criterion", "saver")  # sections of a recipe; the other one names the method
 # Titles of charts, in their order. NAME and the columns NAME_... share a chart; any other column has its own.
 _CHARTS = {
@@ -31,11 +30,11 @@ _CHARTS = {
     "pseudo": "Confident pixels ρ, share of all",
     "agreement": "Pixels on which the networks agree, share of all",
     "lr": "Learning rates",
-    "decay": "Decay of the moving average",
-    "memory_mib": "Memory at its peak, MiB",
     "seconds": "Seconds per iteration, and of them waiting for data",
 }
+_ASIDE = ("best", "decay", "memory_mib")  # columns without a chart, up to the first hyphen
 _SHARES = {"predicted": "pseudo labels", "confident": "those that pass the threshold", "labeled": "labeled crops"}
+_OF_CLASSES = {"iou": "IoU in percent", "predicted": "Pseudo labels, share of all pixels"}
 _MEANS = ("miou", "fwiou", "mean_accuracy", "pixel_accuracy")
 _PICTURES = {"views.png": "Unlabeled images, as a step would have treated them", "predictions.png": "Validation images"}
 
@@ -58,7 +57,7 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
 def _write(runs: Runs, out: Path) -> None:
     for stage in (stage for run in runs for stage in run.stages):
         _write([stage], stage.folder / "report.html")
-    names, recipes = [_label(run) for run in runs], [_flat(run.recipe) for run in runs]
+    names, recipes = [_label(run) for run in runs], [dotted(run.recipe) for run in runs]
     warnings = [(run, f"epoch {epoch}: {text}") for run in runs for epoch, text in run.warnings]
     sections = {
         "Warnings": "".join(f'<p class="warning">{_label(run)} {escape(text)}</p>' for run, text in warnings),
@@ -67,7 +66,6 @@ def _write(runs: Runs, out: Path) -> None:
         "What differs between the recipes": _side_by_side(names, _differences(recipes)),
         "Curves": _curves(runs),
         "Classes, in percent": _classes(runs),
-        "The hardest and the easiest unlabeled images": "".join(_images(run) for run in runs if run.scores),
         **_pictures(runs),
         "Recipe": "".join(_folded(f"{run.name}: config.yaml", run.recipe) for run in runs if run.recipe),
         "Environment": "".join(_folded(f"{run.name}: run.yaml", run.starts) for run in runs if run.starts),
@@ -90,7 +88,7 @@ def _differences(recipes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _facts(run: Record) -> dict[str, Any]:
     """The rows of the summary."""
-    start, recipe = run.starts[-1] if run.starts else {}, _flat(run.recipe)
+    start, recipe = run.starts[-1] if run.starts else {}, dotted(run.recipe)
     lists = {name: entry["images"] for name, entry in (start.get("lists") or {}).items()}
     protocol = run.evaluation.get("protocol", {}).items()
     facts = {
@@ -100,7 +98,7 @@ def _facts(run: Record) -> dict[str, Any]:
     for column, (x, y) in run.curves.items():
         kind, _, network = column.partition("_")
         if kind == "miou":
-            best = f"{max(y):.2f} % in epoch {x[y.index(max(y))]} (last {y[-1]:.2f} %)"
+            best = f"{max(y):.2f} % in epoch {x[y.index(max(y))]}; last {y[-1]:.2f} %, {max(y) - y[-1]:.2f} points lost"
             facts[f"best mIoU, {NETWORK_NAMES.get(network, network)}"] = best
     facts |= {
         "measured on": ", ".join(f"{key} {value}" for key, value in protocol if value not in (None, False, [1.0])),
@@ -123,10 +121,10 @@ def _stages(run: Record, out: Path) -> str:
 
 
 def _curves(runs: Runs) -> str:
-    """A chart of every column of the CSV files, except those of single classes."""
+    """A chart of most columns of the CSV files; those of single classes are with the classes."""
     groups: dict[str, list[str]] = {group: [] for group in _CHARTS}  # columns by chart
     for column in dict.fromkeys(column for run in runs for column in run.curves):
-        if "/" not in column and column.partition("-")[0] != "best":
+        if "/" not in column and column.partition("-")[0] not in _ASIDE:
             group = next((group for group in _CHARTS if f"{column}_".startswith(f"{group}_")), column)
             groups.setdefault(group, []).append(column)
     figures = ""
@@ -142,38 +140,30 @@ def _curves(runs: Runs) -> str:
 
 
 def _classes(runs: Runs) -> str:
-    """IoU of each network, and the share of each class in true pixels, pseudo labels and labeled crops."""
+    """IoU of each network, the share of each class in true pixels, pseudo labels and labeled crops, also by epoch."""
     columns, charts = [], ""
     for run in runs:
         of_run: dict[str, dict[str, float | None]] = {}
         for network, figures in run.evaluation.get("networks", {}).items():
             means = {key: figures.get(key) for key in _MEANS}
             of_run |= {f"IoU, {network}": figures.get("iou", {}) | means, "pixels": figures.get("pixels", {})}
-        lines = []
+        lines: dict[str, list[Line]] = {kind: [] for kind in _OF_CLASSES}
         for column, curve in run.curves.items():
             kind, _, name = column.partition("/")
             if kind in _SHARES:
                 of_run.setdefault(_SHARES[kind], {})[name] = 100 * curve.values[-1]
-            if kind == "predicted":
-                lines.append(Line(*curve, f"c{len(lines) % 6}", len(lines) // 6, name))
+            if kind in lines:
+                lines[kind].append(Line(*curve, f"c{len(lines[kind]) % 6}", len(lines[kind]) // 6, name))
         columns += [(Markup(f"{_label(run)} {escape(title)}".strip()), values) for title, values in of_run.items()]
-        charts += chart(f"{run.label} Pseudo labels, share of all pixels".strip(), lines) if lines else ""
+        charts += "".join(
+            chart(f"{run.label} {_OF_CLASSES[kind]}".strip(), lines[kind]) for kind in lines if lines[kind]
+        )
     columns.sort(key=lambda column: "IoU, " not in column[0])
     rows = []
     for name in sorted({name: None for _, values in columns for name in values}, key=lambda name: name in _MEANS):
         cells = [values.get(name) for _, values in columns]
         rows.append((name, *(cell if cell is None else f"{cell:.2f}" for cell in cells)))
     return (table(["class", *(title for title, _ in columns)], rows, True) if rows else "") + _grid(charts)
-
-
-def _images(run: Record) -> str:
-    ranked = sorted(run.scores, key=lambda image: run.scores[image].values[-1])
-    count, tables = min(_EXTREMES, (len(ranked) + 1) // 2), ""
-    for title, images in (("hardest first", ranked[:count]), ("easiest first", ranked[count:][-count:][::-1])):
-        curves = [(image, run.scores[image]) for image in images]
-        rows = [(image, f"{y[-1]:.3f}", x[-1], f"{y[-1] - y[0]:+.2f}") for image, (x, y) in curves]
-        tables += table([title, "last score", "epoch", "since first"], rows, True) if rows else ""
-    return _label(run) + _grid(tables)
 
 
 def _pictures(runs: Runs) -> dict[str, str]:
@@ -201,9 +191,9 @@ def _label(run: Record) -> Markup:
     return Markup(run.label and f'<span class="run {run.colour}">{escape(run.label)}</span>')
 
 
-def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
+def dotted(section: dict, prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

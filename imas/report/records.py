@@ -36,7 +36,6 @@ class Record:
     label: str  # the name, or nothing if this is the only run on the page
     epochs: int  # epochs done
     curves: dict[str, Curve]  # by column of metrics.csv and training.csv; columns without a value are left out
-    scores: dict[str, Curve]  # by image
     warnings: list[tuple[str, str]]  # (epoch, sentence)
     evaluation: dict  # evaluation.json
     recipe: dict  # config.yaml
@@ -68,14 +67,12 @@ def _read(log: Path, name: str, colour: str = "c0", label: str = "") -> Record:
         cells = ((column, row["epoch"], cell) for row in _rows(path, "epoch") for column, cell in row.items())
         curves |= _curves(path, cells)
     epochs = curves.pop("epoch", Curve([-1], [])).epochs[-1] + 1
-    path, columns = log / "scores.csv", ("image", "epoch", "score")
-    scores = _curves(path, (tuple(map(row.get, columns)) for row in _rows(path, *columns)))
     warnings = [(row["epoch"], row["warning"]) for row in _rows(log / "warnings.csv", "epoch", "warning")]
     kinds = {"evaluation.json": dict, "config.yaml": dict, "run.yaml": list}
     contents = [_load(log / file, kind) for file, kind in kinds.items()]
     stages = sorted(log.glob("*/metrics.csv"), key=lambda path: (path.stat().st_mtime, path))
     stages = [_read(path.parent, path.parent.name) for path in stages]
-    return Record(log, name, colour, label, epochs, curves, scores, warnings, *contents, stages)
+    return Record(log, name, colour, label, epochs, curves, warnings, *contents, stages)
 
 
 def _rows(path: Path, *columns: str) -> Iterator[dict[str, str]]:
