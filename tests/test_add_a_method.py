@@ -21,7 +21,7 @@ def test_the_worked_example(tmp_path: Path) -> None:
     # One file, one line in the table, one YAML, and the line that puts it under contract.
     assert touched == {"imas/methods/mean_teacher.py", "imas/methods/__init__.py", CONFIG, "tests/test_methods.py"}
 
-    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_methods.py", "tests/test_structure.py")
+    words = ("-m", "pytest", "-p", "no:cacheprovider", "tests/test_methods.py", "tests/test_structure.py")
     its_own = "mean_teacher or under_contract or every_definition"
     tested = run(*words, "-k", its_own, folder=copy)
     assert tested.returncode == 0 and int(re.search(r"(\d+) passed", tested.stdout)[1]) >= 6, tested.stdout

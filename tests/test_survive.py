@@ -134,7 +134,10 @@ def test_three_kills_on_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         folder.mkdir(exist_ok=True)
         shutil.copy(survive.BASE, folder / "config.yaml")
         words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        return start("train_semi.py", "--config", folder / "config.yaml", "--resume", "auto", *words)
+        process = start("train_semi.py", "--config", folder / "config.yaml", "--resume", "auto", *words)
+        while os.getpgid(process.pid) != process.pid:  # it is killed with its group, which it has yet to make
+            time.sleep(0.01)
+        return process
 
     settings = survive.TINY | {"trainer.epochs": 6, "dataset.train.epoch_size": 160, "saver.save_every": 0.002}
     settings |= {"net.encoder.kwargs.width": 4, "net.decoder.kwargs.inner_planes": 8}
