@@ -33,7 +33,6 @@ from imas import distributed
 from imas.config import carried_config, load_config
 from imas.data.catalog import catalog_of
 from imas.data.check import check_data
-from imas.data.lists import read_lists
 from imas.engine import checkpoint
 from imas.engine.evaluate import Evaluation, figures, format_table, write_csv, write_json
 from imas.engine.log import start_logging
@@ -165,8 +164,9 @@ def evaluate(
     options: argparse.Namespace, config: Config, network: nn.Module, protocol: Protocol, about: dict[str, Any]
 ) -> None:
     """Count on labeled images; print the table, and write what was asked for."""
-    lists = check_data(config, training=False) if distributed.is_main() else read_lists(config, False)
+    lists = check_data(config, training=False) if distributed.is_main() else None
     with distributed.process_group() as device:
+        lists = distributed.gather(lists)[0]
         evaluation = Evaluation(config, lists, device, protocol, options.accumulate)
         (matrix,) = evaluation({about["network"]: network.to(device)}).values()
     if not distributed.is_main():

@@ -37,7 +37,7 @@ from imas.report import write as write_page
 from imas.schema import Config
 
 log = logging.getLogger("imas")
-_QUICK = 50  # images of each list that --check looks at
+_DECODED = 50  # images of each training list that --check decodes, beside all masks and validation images
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -73,12 +73,14 @@ def main(arguments: list[str] | None = None) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)  # warns of kernels that have no such variant
         torch.backends.cudnn.benchmark = False
     resume = options.resume or ("auto" if config.saver.auto_resume else "never")
-    lists = prepare(config, resume)
+    lists = prepare(config, resume, options.seed, options.check)
     if options.check:
-        report(config, lists, options.seed)
+        if distributed.is_main():
+            report(config, lists, options.seed)
         return
     with distributed.process_group() as device, interruptible() as interruption:
-        distributed.agree(provenance.identity(config, lists, options.seed))
+        distributed.agree(provenance.identity(config, options.seed))
+        lists = distributed.gather(lists)[0]
         _lock = lock.hold(config.log_dir) if distributed.is_main() else None
         start_logging(config.log_dir)
         if config.translated:
@@ -90,16 +92,23 @@ def main(arguments: list[str] | None = None) -> None:
         METHODS[config.method].run(session)
 
 
-def prepare(config: Config, resume: str) -> Lists:
-    """Look at everything that can be wrong with data, weights and checkpoints, before a folder is made.
+def prepare(config: Config, resume: str, seed: int, check: bool) -> Lists | None:
+    """Look at everything that can be wrong with data, weights and checkpoints, before a folder is made. Rank 0 alone
+    lists folders and reads images; the others get None.
+
+    Args:
+        check: nothing will be written, so that checkpoints of another run in the folder are no mistake: they are told.
 
     Raises:
         UserError: all mistakes.
     """
     together = Together()
+    in_folder = Together() if check and resume in ("auto", "never") else together
     together(_check_batch, config)
-    resumed = together(checkpoint.find_checkpoint, config.snapshot_dir, resume)
-    lists = together(check_data if distributed.is_main() else read_lists, config)
+    resumed = in_folder(checkpoint.find_checkpoint, config.snapshot_dir, resume)
+    if resumed is not None and distributed.is_main():
+        in_folder(_check_resumed, resumed, config, seed, resume != "auto")
+    lists = together(read_lists if check else check_data, config) if distributed.is_main() else None
     if config.saver.use_tb and distributed.is_main():
         together(need_tensorboard)
     start = None if resumed is not None else config.trainer.start_from
@@ -110,7 +119,14 @@ def prepare(config: Config, resume: str) -> Lists:
         averages = AVERAGES[config.trainer.optimizer.type]
         together(checkpoint.need_space, config.snapshot_dir, method.networks(), averages, method.extra_bytes())
     together.finish()
+    for line in in_folder.errors:
+        log.warning("a training would not begin in this folder: %s", line)
     return lists
+
+
+def _check_resumed(path: Path, config: Config, seed: int, by_hand: bool) -> None:
+    state, path = checkpoint.read_or_previous(path)
+    provenance.need_same(path, state, config, seed, by_hand)
 
 
 def _check_batch(config: Config) -> None:
@@ -127,16 +143,14 @@ def report(config: Config, lists: Lists, seed: int) -> None:
     """What ``--check`` prints: the resolved recipe, iterations, and what differs from the reference batch."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     uncached = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, cache=False))
-    data = TrainingData(uncached, lists, seed, distributed.rank(), world)  # to be counted, not to be read
-    if not distributed.is_main():
-        return
+    data = TrainingData(uncached, lists, seed, 0, world)  # to be counted, not to be read
     log.info("the resolved recipe of %s:\n%s", config.path, yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())
     if config.translated:
         log.info("translated: %s", "; ".join(config.translated))
     for line in explain_batch(config, world):
         log.warning(line)
-    health = examine(config, lists, limit=_QUICK)
-    log.info("data, at most %d images of each list:\n%s", _QUICK, "\n".join([health.table, *health.lines()]))
+    health = examine(config, lists, decoded=_DECODED)
+    log.info("data, with %d images of each training list:\n%s", _DECODED, "\n".join([health.table, *health.lines()]))
     log.info("%s", in_numbers(config, lists, len(data), world))
     if health.wrong:
         raise Unhealthy("something is wrong with the data, see above; python -m imas.data check looks at all of it")

@@ -71,8 +71,8 @@ class Reader:
         source: what to call the input in messages, usually the file.
 
     ``lines`` holds the line of each dotted key, where known; ``written`` holds how the user wrote a key that goes by
-    another name today, and ``former`` the former names within a section; ``overridden`` holds the keys and sections that
-    the command line brings.
+    another name today, and ``former`` the former names within a section; ``overridden`` holds the keys and sections
+    that the command line brings.
     """
 
     def __init__(self, source: str) -> None:

@@ -575,7 +575,7 @@ def test_overrides_make_sections_that_the_file_lacks(tmp_path: Path) -> None:
         ("trainer.epochs=", ["trainer.epochs", "integer", "null"]),
         ("trainer.epoch=3", ["trainer.epoch:", "unknown key", "epochs"]),
         ("trainer.epochs", ["trainer.epochs", "dotted.key=value"]),
-        ("=3", ["'=3'", "dotted.key=value"]),
+        ("=3", ["--set =3", "dotted.key=value"]),
         ("trainer.epochs.more=3", ["trainer.epochs.more=3", "epochs is not a section"]),
         ("trainer.epochs=[1", ["trainer.epochs=[1", "not YAML"]),
         ("saver.snapshot_dir=!!python/object/apply:os.getcwd []", ["saver.snapshot_dir", "not YAML"]),

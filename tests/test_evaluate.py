@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import eval as script
 from imas import build_model, load_config, predict_sliding
-from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, voc_palette
+from imas.data.catalog import CITYSCAPES, CITYSCAPES_IDS, far_colours
 from imas.data.check import check_data
 from imas.data.shapes import CLASS_NAMES
 from imas.engine.predict import find_images
@@ -296,7 +296,7 @@ def test_images_are_predicted_as_those_of_a_list(trained, tmp_path: Path, capsys
 
     index = Image.open(tmp_path / "data" / "masks" / "turned.png")
     assert index.mode == "P" and index.size == (20, 31)
-    assert index.getpalette()[:12] == [value for colour in voc_palette(4) for value in colour]
+    assert index.getpalette()[:12] == [value for colour in far_colours(4) for value in colour]
     confidence = Image.open(tmp_path / "data" / "confidence" / "sub" / "alpha.png")
     assert confidence.mode == "L" and 63 <= confidence.getextrema()[0] <= confidence.getextrema()[1] <= 255
     assert Image.open(tmp_path / "data" / "overlay" / "sub" / "alpha.jpg").size == (40, 9)

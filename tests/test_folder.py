@@ -394,7 +394,10 @@ def _sick(root: Path, what: str) -> dict:
 
 DISEASES = {
     "unreadable image": (True, r"1 of the 8 unlabeled images cannot be used:\n.*without2\.jpg: cannot be read"),
-    "missing file": (True, r"1 of the 3 labeled images cannot be used:\n.*gone\.jpg: no such file"),
+    "missing file": (
+        True,
+        r"1 of the 3 labeled images cannot be used \(\S+ has the line 'gone.jpg'.*:\n.*gone\.jpg: no such file",
+    ),
     "other size": (True, r"with0\.jpg: the image is 40×36 pixels, its mask 10×12"),
     "foreign value": (True, r"with0\.png: 1440 pixels have the values 9; expected classes 0\.\.2 or 255"),
     "class not labeled": (True, "not in any labeled mask: right; .*cannot be learned"),

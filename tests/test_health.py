@@ -268,6 +268,16 @@ def test_time_left_counts_iterations_and_evaluations(experiment: Callable[..., P
     assert _time_left(run, 27, 1.5) == "10 s left of this stage"
 
 
+def test_tensorboard_hides_what_a_cut_off_run_wrote_after_its_checkpoint(tmp_path: Path) -> None:
+    for updates, value in ((0, 1.0), (20, 2.0)):
+        log = RunLog(tmp_path, tmp_path, updates // 10, updates=updates)
+        for step in (10, 20, 30)[updates // 10 :]:
+            log.scalars({"train/loss_lb": value}, step)
+        log.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss_lb")
+    assert [(event.step, event.value) for event in events] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+
+
 def test_meter_reads_a_value_for_each_class() -> None:
     meter = Meter(("cat", "dog"))
     meter.add({"loss_lb": torch.tensor(1.0), "confident": torch.tensor([0.2, 0.6])})

@@ -94,7 +94,9 @@ def test_what_is_not_used_is_said(tmp_path: Path) -> None:
         r"looked at 13 images and 10 masks; used: 6 labeled, 3 unlabeled, 4 val; 3 images",
     ):
         assert re.search(text, said), (text, said)
-    assert provenance.describe(config, read_lists(config), 0, 1)["files"].popitem()[1] == 2
+    files = provenance.describe(config, check_data(config), 0, 1)["files"]
+    assert files["images"] == 13 and files["masks"] == 10 and files["used"]["unlabeled"] == 3
+    assert list(files["more"].values()) == [3, 1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["with0.jpg", "with0.npy", "with0.png.png"])
@@ -144,7 +146,7 @@ def test_a_copy_of_a_val_image_is_found_by_its_bytes(tmp_path: Path) -> None:
 def test_a_list_of_another_form_is_explained(tmp_path: Path, line: str) -> None:
     _tree(tmp_path)
     config = _config(tmp_path, _listed(tmp_path, labeled=[line.format("with0"), "with2.jpg"]))
-    with pytest.raises(UserError, match="expected one name a line, here with0.jpg"):
+    with pytest.raises(UserError, match=r"labeled.txt has the line '.*'; expected one name a line, here with0.jpg: "):
         check_data(config)
 
 
@@ -406,7 +408,12 @@ def test_a_run_says_what_it_is(finished: Path, capfd: pytest.CaptureFixture) -> 
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", told)
     (start,) = yaml.safe_load((folder / "log/run.yaml").read_text())
     assert start["threads"] == torch.get_num_threads()
-    assert start["files"] == {f"images below {finished / 'images'} are on no list: they are unlabeled": 4}
+    assert start["files"] == {
+        "images": 12,
+        "masks": 8,
+        "used": {"labeled": 4, "unlabeled": 4, "val": 4},
+        "more": {f"images below {finished / 'images'} are on no list: they are unlabeled": 4},
+    }
     assert "it/s" not in capfd.readouterr().err
 
 

@@ -169,11 +169,10 @@ def test_momentum_takes_on_the_memory_layout_of_its_weights(tiny, tmp_path: Path
         optimizer = build_optimizer(param_groups(method.trained()), config.trainer.optimizer)
         optimizer.step()
         state = {**checkpoint.method_states(method), "optimizer_state": optimizer.state_dict(), "epoch": 1}
-        checkpoint.save(state, tmp_path / "ckpt.pth")
         other = tiny(f"trainer.{word}")
         resumed, _ = _step(other)
         optimizer = build_optimizer(param_groups(resumed.trained()), other.trainer.optimizer)
-        checkpoint.resume(tmp_path / "ckpt.pth", resumed, optimizer, 0)
+        checkpoint.resume(state, tmp_path / "ckpt.pth", resumed, optimizer)
         for mine, theirs in zip(resumed.student.parameters(), method.student.parameters()):
             mine.grad = torch.empty_like(mine).copy_(theirs.grad)
         optimizer.step()

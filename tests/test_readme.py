@@ -30,13 +30,13 @@ EXPS = (ROOT / "exps" / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in ("exps", "data/splits", "pretrained", "benchmarks")]
 
-# Commands of the pages that are not run here as they stand, nor marked "needs data", "needs GPUs" or "needs internet":
-# the test that runs them in a smaller form.
+# Commands of the pages that are not run here as they stand, nor marked "needs data", "needs GPUs", "needs internet"
+# or "needs an hour": the test that runs them in a smaller form.
 PAGE_OF_METHOD = "test_add_a_method.py::test_the_worked_example"
 ELSEWHERE = {
     "python train_semi.py --config exps/shapes_mean_teacher/config.yaml": PAGE_OF_METHOD,
     "sh tests/run.sh": "test_readme.py::test_ci_runs_the_test_command",
-    "tensorboard --logdir exps/shapes_imas/log/tensorboard": "test_scripts.py::test_train_then_evaluate",
+    "tensorboard --logdir exps": "test_scripts.py::test_train_then_evaluate",
     "python -m imas.export exps/shapes_imas/checkpoints/ckpt_best.pth shapes.pt2": (
         "test_library.py::test_the_examples_of_the_page"
     ),
@@ -83,7 +83,7 @@ def _commands() -> list[Command]:
     for block in _blocks("sh"):
         for line in block.text.replace("\\\n", " ").splitlines():
             text, _, comment = line.partition(" #")
-            marked = re.search("needs (data|GPUs|internet)", comment) is not None
+            marked = re.search("needs (data|GPUs|internet|an hour)", comment) is not None
             commands.append(Command(block.page, " ".join(text.split()), marked))
     return commands
 
@@ -170,7 +170,7 @@ def test_commands_that_are_tested_elsewhere_exist() -> None:
 def test_every_command_has_words_that_are_known(command: Command, project: Path) -> None:
     """Also of the commands that need data or GPUs."""
     parsers = {"train_semi.py": "train_semi", "eval.py": "eval", "imas.data": "imas.data.__main__"}
-    parsers |= {"imas.export": "imas.export"}
+    parsers |= {"imas.compare": "imas.compare.__main__", "imas.export": "imas.export"}
     made = {
         "exps/pets_sup230/config.yaml",
         "exps/seed1/config.yaml",

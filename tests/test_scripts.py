@@ -212,7 +212,7 @@ def test_an_earlier_run_is_not_overwritten(experiment: Callable[..., Path]) -> N
         ("--resume", "never"): "earlier run",
         ("--resume", config.parent / "none.pth"): "none.pth: no such file",
         ("--seed", "9"): "seed 0",
-        ("--set", "net.encoder.kwargs.width=8"): "does not fit the network",
+        ("--set", "net.encoder.kwargs.width=8"): "net.encoder.kwargs.width: 8, and 4 before",
     }
     for words, message in cases.items():
         ended = run("train_semi.py", "--config", config, *words)

@@ -356,27 +356,6 @@ def test_samples_of_a_seed_share_val_and_grow() -> None:
     assert not set(large["labeled"]) & set(large["val"])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_stratified_samples_show_every_class(tmp_path: Path, seed: int, capsys: pytest.CaptureFixture) -> None:
-    folder, mask_folder = _own(tmp_path)
-    masks = own_masks(folder, mask_folder, "_mask")
-    out = tmp_path / "out"
-    draw_splits(out, own_images(folder, masks), "2", "2", masks=masks, seed=seed, stratify=True)
-    lists = _drawn_lists(out)
-    assert "b/19.jpg" in lists["labeled"]
-    assert {"b/17.jpg", "a/18.jpg"} < set(lists["labeled"] + lists["val"])
-    said = capsys.readouterr().out
-    assert "val: no image could be had of these classes: 2" in said and "labeled: no image" not in said
-
-
-def test_the_rarest_class_comes_first_by_the_mask_that_shows_most() -> None:
-    shown = {POOL[0]: {0, 1}, POOL[1]: {0, 1, 2}, POOL[2]: {0, 3}, POOL[3]: {0, 2}, POOL[4]: {2}}
-    classes = {name: {0} for name in POOL} | shown
-    for seed in range(5):
-        assert drawn(POOL, 1, 0, seed, classes)["labeled"] == [POOL[2]]
-        assert drawn(POOL, 2, 1, seed, classes)["labeled"] == POOL[1:3]
-
-
 def test_mistakes_in_drawing_are_explained(tmp_path: Path) -> None:
     folder, mask_folder = _own(tmp_path)
     masks = own_masks(folder, mask_folder, "_mask")
@@ -391,11 +370,8 @@ def test_mistakes_in_drawing_are_explained(tmp_path: Path) -> None:
     for word in ("1/0", "many", "1.5.0"):
         refused("expected a count or a fraction", word)
     refused("12 labeled and 4 val images are more than the 15 images that have a mask, of 20", "12", "4", masks=masks)
-    refused("--stratify reads masks", "1", stratify=True)
     refused("--seed -1", "1", seed=-1)
     refused("none of the 20 images has a mask; that of a/00.jpg would be", "1", masks=own_masks(folder, mask_folder))
-    Image.new("RGB", (4, 4), (1, 2, 3)).save(mask_folder / "a/18_mask.png")
-    refused("18_mask.png: expected a mask of one channel", "1", masks=masks, stratify=True)
     assert not out.exists()
     with pytest.raises(UserError, match="no such folder"):
         own_masks(folder, tmp_path / "nowhere")
@@ -424,7 +400,7 @@ def test_the_commands(tmp_path: Path) -> None:
     folder, masks = _own(tmp_path)
     out = tmp_path / "drawn"
     words = ("-m", "imas.data", "splits", "--new", "--out", out, "--labeled", "3", "--val", "1/10")
-    ended = run(*words, "--images", folder, "--masks", masks, "--mask-suffix", "_mask", "--stratify")
+    ended = run(*words, "--images", folder, "--masks", masks, "--mask-suffix", "_mask")
     assert ended.returncode == 0, ended.stderr
     assert {kind: len(part) for kind, part in _drawn_lists(out).items()} == {"labeled": 3, "unlabeled": 15, "val": 2}
 

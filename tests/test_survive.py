@@ -190,7 +190,7 @@ def test_another_number_of_processes_goes_on_from_an_epochs_end(experiment: Expe
     """And says that it is no longer the same run."""
     config = experiment(dataset=LONG)
     assert run("train_semi.py", "--config", config, "--set", "trainer.epochs=2").returncode == 0
-    resumed, _ = run_ranks("train_semi.py", "--config", config)
+    resumed, _ = run_ranks("train_semi.py", "--config", config, "--resume", config.parent / "checkpoints/ckpt.pth")
     assert resumed.returncode == 0, resumed.stderr
     assert "no longer bitwise the same run" in resumed.stdout and "epoch 2: teacher" in resumed.stdout
 
@@ -215,13 +215,14 @@ def test_another_number_of_processes_within_an_epoch(
     seen = draws(before, 0)[: step * 4 * before]
     found = Resumed(
         1, None, step, 20 // before, 4 * before, before, {"metrics": [], "scores": [[]] * before},
-        config=config.to_dict(), run=provenance.describe(config, lists, 0, before),
+        run=provenance.describe(config, lists, 0, before),
     )  # fmt: skip
     run = SimpleNamespace(
         config=config, description=found.run, data=range(20 // after), seed=0, device="cpu", meter=SimpleNamespace(),
         method=None, optimizer=None,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "read_or_previous", lambda path: ({"config": config.to_dict()}, path))
         patch.setattr(checkpoint, "resume", lambda *_: found)
         patch.setattr(distributed, "world_size", lambda: after)
         caplog.set_level(logging.INFO, "imas")
@@ -244,7 +245,7 @@ def test_another_number_of_processes_within_an_epoch(
             ("--set", "trainer.optimizer.kwargs.lr=0.5"),
             "trainer.optimizer.kwargs.lr: 0.02 (rank 0 on {host}) / 0.5 (rank 1",
         ),
-        (("--set", "dataset.shapes.unlabeled=12"), "unlabeled list: 16 images, "),
+        (("--set", "dataset.shapes.unlabeled=12"), "dataset.shapes.unlabeled: 16 (rank 0 on {host}) / 12 (rank 1"),
         (("--out", "elsewhere"), "run folder: "),
     ],
 )
@@ -277,7 +278,7 @@ def test_ranks_that_resume_from_different_states_do_not_train(experiment: Experi
         run_script(train_semi.main)
         """)
     )
-    ended = run_ranks(script, "--config", config)
+    ended = run_ranks(script, "--config", config, "--resume", config.parent / "checkpoints/ckpt.pth")
     host = socket.gethostname()
     assert [each.returncode for each in ended] == [2, 2]
     assert f"checkpoint: ckpt.pth (rank 0 on {host}) / none (rank 1 on {host})" in ended[0].stderr
@@ -416,13 +417,13 @@ def test_a_torn_or_foreign_file_is_named_and_the_one_before_it_used(
         shutil.copytree(whole, folder, dirs_exist_ok=True)
         path.write_bytes(content)
         capsys.readouterr()
-        train_semi.main(["--config", str(config)])
+        train_semi.main(["--config", str(config), "--resume", str(path)])
         told = capsys.readouterr().out
         assert f"{path}: " in told and f"using the one before it: {folder / 'ckpt_prev.pth'}" in told
         assert "resumed after epoch 0" in told and _state(config)["epoch"] == 3
     for name in ("ckpt.pth", "ckpt_prev.pth"):
         (folder / name).write_bytes(b"")
-    with pytest.raises(UserError, match="torn, foreign or not safe"):
+    with pytest.raises(UserError, match="the file is empty"):
         train_semi.main(["--config", str(config)])
 
 
@@ -445,7 +446,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(experiment: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     ended = subprocess.run(
-        [sys.executable, "train_semi.py", "--config", str(config), "--set", "saver.use_tb=false"],
+        [sys.executable, "train_semi.py", "--config", config, "--set", "saver.use_tb=false", "--resume", path],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, preexec_fn=limited,
     )  # fmt: skip
     assert ended.returncode == 2 and "Traceback" not in ended.stderr

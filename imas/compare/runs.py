@@ -106,7 +106,7 @@ def _check_unchanged(plan: Plan) -> None:
     if not (plan.folder / "config.yaml").is_file():
         raise UserError(f"{plan.folder}: a run of another command, without config.yaml. Name another --out")
     lines = provenance.changes(read_recipe(plan.folder), plan.recipe)
-    lines = [line for line in lines if provenance.steers(line) or line.startswith("trainer.epochs")]
+    lines = list(filter(provenance.steers, lines))
     run = None if lines else read_run(plan.folder, plan.arm, plan.seed)
     if run is not None:  # its lists may have changed
         before = run.identity

@@ -34,7 +34,6 @@ _NEW: dict[str, dict[str, Any]] = {
     "--labeled": {"metavar": "N|FRACTION", "help": "how many, or which fraction of all (100, 0.1, 1/16)"},
     "--val": {"metavar": "N|FRACTION", "help": "likewise, to validate on"},
     "--seed": {"type": int, "help": "same seed, same lists (default 0)"},
-    "--stratify": {"action": "store_true", "help": "every class of the masks in labeled and in val"},
 }
 
 
@@ -101,7 +100,7 @@ def splits(options: argparse.Namespace) -> None:
     names = read_list(options.list) if options.images is None else own_images(options.images, masks)
     draw_splits(
         options.out, names, options.labeled, options.val,
-        seed=options.seed or 0, masks=masks, stratify=bool(options.stratify), force=options.force,
+        seed=options.seed or 0, masks=masks, force=options.force,
     )  # fmt: skip
 
 

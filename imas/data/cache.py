@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,9 +49,6 @@ class CachedSource:
 
     def mask(self, name: str) -> Image.Image:
         return self._read("mask", name)
-
-    def missing(self, names: list[str], masks: bool) -> list[Path]:
-        return self.source.missing(names, masks)
 
     def _read(self, kind: str, name: str) -> Image.Image:
         if (kind, name) not in self._kept:

@@ -35,6 +35,7 @@ class Catalog:
     # Of a set with published lists, what its folder gives: "train", "val", "test" and "pool", all training images, each
     # as a list file or a pattern of files.
     folder_lists: Mapping[str, str] = field(default_factory=dict)
+    line: str = "an image's path below dataset.train.data_root"  # what a list has in each line
     head_lr_times: float = 1.0  # default of ``trainer.optimizer.head_lr_times``
     test_ids: tuple[int, ...] | None = None  # numbers of the classes on the data set's test server, if they differ
     problems: Mapping[str, str] = field(default_factory=dict)  # dotted key → what is wrong with the configuration
@@ -78,6 +79,7 @@ PASCAL = Catalog(
         "val": "ImageSets/Segmentation/val.txt",
         "pool": "SegmentationClassAug/*.png",
     },
+    line="an image's name without folder and suffix, such as 2007_000032",
     head_lr_times=10.0,
 )  # fmt: skip
 
@@ -162,6 +164,7 @@ def _own(dataset: Dataset) -> Catalog:
         partial(folder.files, options),
         partial(folder.labels, options),
         find=partial(folder.lists, dataset),
+        line="an image's path below dataset.folder.images, such as a/b.jpg",
         problems=folder.problems(dataset),
     )
 

@@ -7,11 +7,12 @@ import filecmp
 import logging
 import os
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -22,8 +23,8 @@ from .catalog import catalog_of, open_source
 from .dataset import need_same_size
 from .folder import IMAGES
 from .labels import label_path, open_labels
-from .lists import Lists, read_lists, val_root
-from .source import DataError, FileSource, Source, upright_size
+from .lists import Lists, list_paths, read_lists, val_root
+from .source import DataError, FileSource, Source, index_labels, upright_size
 
 log = logging.getLogger("imas")
 SHOWN = 10  # files named in a message
@@ -79,6 +80,7 @@ class Look(NamedTuple):
     size: tuple[int, int] | None = None  # (width, height)
     counts: np.ndarray | None = None  # (256,) pixels of each mask value; None without a mask
     moments: np.ndarray | None = None  # (2, 3) mean and mean square of each channel, in units of 0..1
+    highest: int = 0  # value of a binary mask as it is stored with 8 bits
 
 
 def check_data(config: Config, training: bool = True) -> Lists:
@@ -93,21 +95,23 @@ def check_data(config: Config, training: bool = True) -> Lists:
             training images are warned of instead.
     """
     lists = read_lists(config, training)
-    looks = _looks(config, lists, quick=True)
+    looks = _looks(config, lists, decoded=0)
     wrong = _shared(config, lists) if training and config.wants.pseudo_label else []
     wrong += _refused(config, looks)
     for finding in (*_of_lists(config, lists), *_of_classes(config, looks)) if training else ():
         log.warning("%s", finding.words())
     if wrong:
         raise UserError("\n".join(wrong))
-    return lists
+    files = counted(config, lists, looks)
+    log.info("%s", _in_words(files))
+    return replace(lists, files=files)
 
 
 def unusable(config: Config, lists: Lists) -> list[str]:
     """A sentence for each list with files that cannot be used; with ``dataset.on_error: skip`` a warning instead, but
     for validation images.
     """
-    return _refused(config, _looks(config, lists, quick=True))
+    return _refused(config, _looks(config, lists, decoded=0))
 
 
 def _refused(config: Config, looks: dict[str, list[Look]]) -> list[str]:
@@ -120,48 +124,57 @@ def _refused(config: Config, looks: dict[str, list[Look]]) -> list[str]:
     return wrong
 
 
-def examine(config: Config, lists: Lists, *, workers: int = _THREADS, limit: int | None = None) -> Health:
+def examine(config: Config, lists: Lists, *, workers: int = _THREADS, decoded: int | None = None) -> Health:
     """Look at every image and mask of an experiment.
 
     Args:
         workers: threads that read.
-        limit: images of each list at most, evenly spread; None reads all.
+        decoded: see ``_looks``.
     """
-    looks = _looks(config, lists, False, workers, limit)
+    looks = _looks(config, lists, decoded, workers)
     findings = [*_broken(config, looks).values(), *_of_lists(config, lists)]
     findings += [*_of_classes(config, looks), *_of_pictures(config, looks)]
-    return Health(findings, _table(config, lists, looks), _counted(lists, looks))
+    return Health(findings, _table(config, lists, looks), _in_words(counted(config, lists, looks)))
 
 
-def _counted(lists: Lists, looks: dict[str, list[Look]]) -> str:
-    """How many files were looked at, and how many are used as what and left out."""
-    images, masks = (
-        sum(getattr(look, kind) is not None for seen in looks.values() for look in seen) for kind in ("size", "counts")
-    )
-    used = ", ".join(f"{len(names)} {name}" for name, names in lists.by_name().items())
-    rest = "".join(f"; {len(files)} {text}" for text, files in lists.remarks.items())
-    return f"looked at {images} images and {masks} masks; used: {used}{rest}"
+def counted(config: Config, lists: Lists, looks: dict[str, list[Look]]) -> dict[str, Any]:
+    """How many ``images`` and ``masks`` can be used, how many are ``used`` as what, and what ``more`` there is."""
+    broken = {name: sum(bool(look.problems) for look in looks[name]) for name in lists.by_name()}
+    used = {name: len(names) - broken[name] for name, names in lists.by_name().items()}
+    labels = config.dataset.train.pseudo_labels is not None
+    more = {f"{name} images cannot be used": count for name, count in broken.items() if count}
+    return {
+        "images": sum(used.values()),
+        "masks": sum(count for name, count in used.items() if name != "unlabeled" or labels),
+        "used": used,
+        "more": more | {text: len(files) for text, files in lists.remarks.items()},
+    }
 
 
-def _looks(
-    config: Config, lists: Lists, quick: bool, workers: int = _THREADS, limit: int | None = None
-) -> dict[str, list[Look]]:
-    """The looks at all or ``limit`` images of each list; masks are read wherever they are used.
+def _in_words(files: dict[str, Any]) -> str:
+    used = ", ".join(f"{count} {name}" for name, count in files["used"].items())
+    more = "".join(f"; {count} {text}" for text, count in files["more"].items())
+    return f"looked at {files['images']} images and {files['masks']} masks; used: {used}{more}"
+
+
+def _looks(config: Config, lists: Lists, decoded: int | None, workers: int = _THREADS) -> dict[str, list[Look]]:
+    """The looks at the images of each list. Every mask and every validation image is read.
 
     Args:
-        quick: see ``check_data``; else all images are read.
+        decoded: of each training list, so many images are decoded, evenly spread; None decodes all. Of another one with
+            a mask the size is read, and one without has to be there. Those of the embedded set are left out.
     """
     looks, dataset = {}, config.dataset
     for list_name, names in lists.by_name().items():
         source = masks = source_of(config, list_name)
-        how = "size" if quick and list_name != "val" else "all"
         if list_name == "unlabeled":
             masks = None if dataset.train.pseudo_labels is None else open_labels(dataset, dataset.train.pseudo_labels)
-            how = None if quick and masks is None else how
-        if quick and catalog_of(dataset).files is None and masks in (source, None):
-            continue
-        look = partial(_look, source, masks, how)
-        names = names[:: 1 if limit is None else max(1, len(names) // limit)]
+        chosen = set(names if decoded is None else names[:: max(1, len(names) // decoded)] if decoded else ())
+        if isinstance(source, FileSource):
+            chosen |= set(names if list_name == "val" else ())
+        elif masks in (source, None):
+            names = [name for name in names if name in chosen]
+        look = partial(_look, source, masks, chosen, dataset.folder is not None and dataset.folder.binary)
         with ThreadPoolExecutor(max(1, workers)) as pool:
             shown = None if names else True  # None: on a terminal
             done = tqdm(pool.map(look, names), list_name, len(names), unit="image", leave=False, disable=shown)
@@ -174,26 +187,30 @@ def source_of(config: Config, list_name: str) -> Source:
     return open_source(config.dataset, val_root(config) if list_name == "val" else config.dataset.train.data_root)
 
 
-def _look(source: Source, masks: Source | None, how: str | None, name: str) -> Look:
+def _look(source: Source, masks: Source | None, decoded: Collection[str], binary: bool, name: str) -> Look:
     image = mask = size = None
     try:
         if missing := source.missing([name], masks is source):
             return Look(name, tuple(f"{path}: no such file" for path in missing))
         mask = None if masks is None else masks.mask(name)
-        if how == "size" and isinstance(source, FileSource):
-            size = upright_size(source.paths(name)[0])
-        elif how is not None:
+        if name in decoded or (mask and not isinstance(source, FileSource)):
             image = source.image(name)
             size = image.size
+        elif mask:
+            size = upright_size(source.paths(name)[0])
         if size and mask:
             need_same_size(name, size, mask.size)
     except DataError as error:
         return Look(name, (str(error),))
-    counts = None if mask is None else np.array(mask.histogram())
-    if image is None:
-        return Look(name, (), size, counts)
-    pixels = np.asarray(image)[::_EVERY, ::_EVERY].reshape(-1, 3) / 255
-    return Look(name, (), size, counts, np.stack([pixels.mean(0), (pixels**2).mean(0)]))
+    counts = moments = None
+    if mask is not None:
+        counts = np.array(mask.histogram())
+    if image is not None:
+        pixels = np.asarray(image)[::_EVERY, ::_EVERY].reshape(-1, 3) / 255
+        moments = np.stack([pixels.mean(0), (pixels**2).mean(0)])
+    stored = mask.info.get("stored") if mask and binary else None
+    highest = 0 if stored is None or stored.mode == "1" else int(index_labels(Path(name), stored).max())
+    return Look(name, (), size, counts, moments, highest)
 
 
 def _broken(config: Config, looks: dict[str, list[Look]]) -> dict[str, Finding]:
@@ -202,7 +219,7 @@ def _broken(config: Config, looks: dict[str, list[Look]]) -> dict[str, Finding]:
     for list_name, seen in looks.items():
         broken = [look for look in seen if look.problems]
         if broken:
-            meant = _meant(source_of(config, list_name), list_name != "unlabeled", broken[0].name)
+            meant = _meant(config, list_name, broken[0].name)
             folder = config.dataset.train.pseudo_labels if list_name == "unlabeled" else None
             what = f"{list_name} images{folder and f' and their labels in {folder}' or ''}"
             text = f"{len(broken)} of the {len(seen)} {what} cannot be used{meant}:"
@@ -210,15 +227,17 @@ def _broken(config: Config, looks: dict[str, list[Look]]) -> dict[str, Finding]:
     return findings
 
 
-def _meant(source: Source, masked: bool, name: str) -> str:
-    """What a list line that is no image may mean: lists of other projects have other lines."""
+def _meant(config: Config, list_name: str, name: str) -> str:
+    """Where a list line is no image: which list it is, what a line should be, and what this one may mean."""
+    source, masked, file = source_of(config, list_name), list_name != "unlabeled", list_paths(config)[list_name]
+    if file is None or not source.missing([name], masked):
+        return ""
     path = Path(name.split()[0].replace("\\", "/"))
     tails = [Path(*path.parts[start:]) for start in range(len(path.parts))]
     guesses = [tail.with_suffix(suffix).as_posix() for tail in tails for suffix in (tail.suffix, *IMAGES, "")]
-    for guess in guesses if source.missing([name], masked) else ():
-        if not source.missing([guess], masked):
-            return f" (a line of the list is {name!r}; expected one name a line, here {guess})"
-    return ""
+    here = next((f", here {guess}" for guess in guesses if not source.missing([guess], masked)), "")
+    what = catalog_of(config.dataset).line
+    return f" ({file} has the line {name!r}; expected one name a line{here}: {what})"
 
 
 def _of_lists(config: Config, lists: Lists) -> list[Finding]:
@@ -291,6 +310,14 @@ def _shared(config: Config, lists: Lists) -> list[str]:
 def _of_classes(config: Config, looks: dict[str, list[Look]]) -> list[Finding]:
     """Classes that do not occur, and masks that are not what they are taken for."""
     findings, ignore = [], config.dataset.ignore_label
+    by_highest = {
+        value: [look.name for name in looks for look in looks[name] if look.highest == value] for value in (1, 255)
+    }
+    if all(by_highest.values()):
+        one, white = map(len, by_highest.values())
+        text = f"{one} binary masks hold 0 and 1, and {white} hold 0 and 255: save all in one way, or, where 255 means"
+        text += " 'leave out', set dataset.folder.binary: false. Those that are fewer:"
+        findings.append(Finding(True, text, tuple(min(by_highest.values(), key=len))))
     for list_name in ("labeled", "val"):
         counts = _counts(looks.get(list_name, []))
         if counts is None:
@@ -319,8 +346,8 @@ def _of_pictures(config: Config, looks: dict[str, list[Look]]) -> list[Finding]:
         if small := tuple(look.name for look in seen if look.size[0] < width or look.size[1] < height):
             text = f"{len(small)} images are smaller than the crop of {height}×{width} pixels and will be padded:"
             findings.append(Finding(False, text, small))
-    if seen:
-        mean, square = np.mean([look.moments for look in seen], axis=0)
+    if moments := [look.moments for look in seen if look.moments is not None]:
+        mean, square = np.mean(moments, axis=0)
         unit = 255 if max(config.dataset.mean) > 1 else 1
         for name, found in (("mean", mean), ("std", np.sqrt(np.maximum(square - mean**2, 0)))):
             configured = np.array(getattr(config.dataset, name)) / unit
@@ -343,7 +370,7 @@ def _table(config: Config, lists: Lists, looks: dict[str, list[Look]]) -> str:
     for name, names in lists.by_name().items():
         sizes = sorted((look.size for look in looks[name] if look.size), key=lambda size: size[0] * size[1])
         ends = [f"{width}×{height}" for width, height in (sizes[:1] + sizes[-1:])] or ["", ""]
-        lines.append(f"{name:12} {len(names):>8} {len(looks[name]):>10} {ends[0]:>12} {ends[-1]:>12}")
+        lines.append(f"{name:12} {len(names):>8} {len(sizes):>10} {ends[0]:>12} {ends[-1]:>12}")
     ignore = config.dataset.ignore_label
     classes = {name: i for i, name in enumerate(catalog_of(config.dataset).class_names)} | {"(ignored)": ignore}
     width = max(map(len, classes))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..schema import Folder
@@ -51,7 +48,6 @@ def draw_splits(
     *,
     seed: int = 0,
     masks: FileSource | None = None,
-    stratify: bool = False,
     force: bool = False,
 ) -> None:
     """Draw ``labeled.txt``, ``unlabeled.txt`` and, with ``val``, ``val.txt`` into a folder; print what they are.
@@ -60,15 +56,12 @@ def draw_splits(
         labeled, val: how many images, as a count or as a fraction of all names: "100", "0.1", "1/16".
         seed: same seed, same lists; at least 0.
         masks: only images that have one become labeled or val. None: every image may.
-        stratify: every class that occurs is to appear in labeled and in val (see ``drawn``). Needs ``masks``.
 
     Raises:
-        UserError: counts that cannot be had; masks that cannot be read; existing lists, without ``force``.
+        UserError: counts that cannot be had; existing lists, without ``force``.
     """
     if seed < 0:
         raise UserError(f"--seed {seed}: expected 0 or more")
-    if stratify and masks is None:
-        raise UserError("--stratify reads masks: name their folder with --masks")
     names = sorted(set(names))
     usable = names if masks is None else [name for name in names if masks.files(masks.root, name)[1].is_file()]
     if not usable:
@@ -89,67 +82,25 @@ def draw_splits(
             "the new ones: remove them, or choose another folder"
         )
 
-    classes = None
-    if stratify:
-        with ThreadPoolExecutor(8) as pool:
-            classes = dict(
-                zip(usable, tqdm(pool.map(partial(_classes, masks), usable), "masks", len(usable), disable=None))
-            )
-    lists = drawn(usable, count, held_out, seed, classes)
+    lists = drawn(usable, count, held_out, seed)
     lists["unlabeled"] = sorted(set(names).difference(*lists.values()))
     with_mask = "" if masks is None else f", {len(usable)} with a mask"
-    print(f"{len(names)} images{with_mask}; seed {seed}{', stratified' if stratify else ''}")
+    print(f"{len(names)} images{with_mask}; seed {seed}")
     for kind, part in lists.items():
         if not part:
             continue
         write_list(out / f"{kind}.txt", part)
         print(f"{out / f'{kind}.txt'}  {len(part)} images, sha256 {digest(part)}")
-        if stratify and kind != "unlabeled":
-            absent = set().union(*classes.values()).difference(*(classes[name] for name in part))
-            if absent:
-                print(f"{kind}: no image could be had of these classes: {', '.join(map(str, sorted(absent)))}")
     if not lists["unlabeled"]:
         print("no image is left to be unlabeled: the lists are for methods that need none")
 
 
-def drawn(
-    names: list[str], labeled: int, val: int, seed: int, classes: dict[str, set[int]] | None = None
-) -> dict[str, list[str]]:
-    """Two disjoint samples, "labeled" and "val", sorted.
-
-    Without ``classes``, val does not depend on the number of labeled images, and a smaller labeled sample of the same
-    seed is part of a larger one. With ``classes`` (what the mask of each name shows), each sample starts with one image
-    of every class, labeled before val and the rarest class first, as far as its size allows; chance fills the rest.
+def drawn(names: list[str], labeled: int, val: int, seed: int) -> dict[str, list[str]]:
+    """Two disjoint samples, "labeled" and "val", sorted. Val does not depend on the number of labeled images, and a
+    smaller labeled sample of the same seed is part of a larger one.
     """
     order = np.random.default_rng(seed).permutation(names).tolist()
-    sizes, lists = {"labeled": labeled, "val": val}, {"labeled": [], "val": []}
-    if classes is not None:
-        for kind, size in sizes.items():
-            lists[kind] = _cover(order, size, classes)
-            order = [name for name in order if name not in lists[kind]]
-    for kind in ("val", "labeled"):
-        missing = sizes[kind] - len(lists[kind])
-        lists[kind] += order[:missing]
-        order = order[missing:]
-    return {kind: sorted(part) for kind, part in lists.items()}
-
-
-def _cover(order: list[str], size: int, classes: dict[str, set[int]]) -> list[str]:
-    """At most ``size`` names that show all classes, greedily: for the rarest that is not yet shown, the first name
-    that shows most of what is lacking.
-    """
-    frequency = Counter(value for name in order for value in classes[name])
-    lacking, chosen = set(frequency), []
-    while lacking and len(chosen) < size:
-        rarest = min(lacking, key=lambda value: (frequency[value], value))
-        showing = (name for name in order if rarest in classes[name])
-        chosen.append(max(showing, key=lambda name: len(classes[name] & lacking)))
-        lacking -= classes[chosen[-1]]
-    return chosen
-
-
-def _classes(masks: FileSource, name: str) -> set[int]:
-    return {value for value, count in enumerate(masks.mask(name).histogram()[:255]) if count}
+    return {"labeled": sorted(order[val : val + labeled]), "val": sorted(order[:val])}
 
 
 def _amount(flag: str, text: str, total: int) -> int:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import Together, UserError
 from ..schema import Config
@@ -20,6 +21,7 @@ class Lists:
     unlabeled: list[str]  # empty for sup_only
     val: list[str]
     remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)  # what is said of which files
+    files: Mapping[str, Any] = field(default_factory=dict, compare=False)  # how many were looked at: ``check.counted``
 
     def by_name(self) -> dict[str, list[str]]:
         """The lists alone."""
@@ -47,20 +49,23 @@ def read_lists(config: Config, training: bool = True) -> Lists:
         training: False reads the validation list alone.
 
     Raises:
-        UserError: every list that cannot be read; own data without a labeled, unlabeled or validation image.
+        UserError: folders that do not exist; every list that cannot be read; own data without a labeled, unlabeled or
+            validation image.
     """
     wanted = ["labeled", "unlabeled", "val"] if training else ["val"]
     if not config.wants.unlabeled and training:
         wanted.remove("unlabeled")
-    together = Together()
-    paths = list_paths(config)
+    together, paths, catalog = Together(), list_paths(config), catalog_of(config.dataset)
+    train, val = config.dataset.train.data_root, config.dataset.val.data_root
+    for key, root in {"train": train if training or val is None else None, "val": val}.items():
+        if catalog.files is not None and root is not None and not os.path.isdir(root):
+            together.errors.append(f"dataset.{key}.data_root: {root}: no such folder (looked in {Path.cwd()})")
+    folders = len(together.errors)
     lists = {name: together(read_list, paths[name]) for name in wanted if paths[name] is not None}
-    catalog = catalog_of(config.dataset)
-    if together.errors and catalog.folder_lists:
-        root = config.dataset.train.data_root
+    if len(together.errors) > folders and catalog.folder_lists:
         together.errors.append(
-            f"The published lists: python -m imas.data splits --dataset {config.dataset.type} --root {root} "
-            "(data/splits/README.md)"
+            f"The published lists: python -m imas.data splits --dataset {config.dataset.type} --root {train}; those "
+            "drawn at random need --download there, or --from FOLDER with the authors' (data/splits/README.md)"
         )
     together.finish()
     missing = [name for name in wanted if name not in lists]
@@ -81,7 +86,7 @@ def read_list(path: str | Path) -> list[str]:
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        reason = error.strerror if isinstance(error, OSError) else "not a text file; expected one name a line"
         raise UserError(f"{path}: cannot read the list: {reason} (looked in {Path.cwd()})") from None
     if not names:
         raise UserError(f"{path}: the list is empty")

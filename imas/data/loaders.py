@@ -168,27 +168,15 @@ class TrainingData:
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:
     """This rank's share of the validation images, every image once over all ranks, as lists of (image, label)."""
     dataset = EvaluationSet(open_source(config.dataset, val_root(config)), names[rank::world])
-    workers = config.dataset.workers
-    return DataLoader(
-        dataset, config.dataset.val.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=_prepare_worker,
-        pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
-    )  # fmt: skip
+    pinned = torch.cuda.is_available()
+    how = _workers(config.dataset.workers)
+    return DataLoader(dataset, config.dataset.val.batch_size, collate_fn=list, pin_memory=pinned, **how)
 
 
 def whole_images(config: Config, names: Sequence[str]) -> Iterator[Tensor]:
     """Training images as they are, without their masks: (3, H, W) uint8 each."""
     read = partial(_pixels, open_source(config.dataset, config.dataset.train.data_root))
-    workers = config.dataset.workers
-    context = "fork" if workers else None
-    loader = DataLoader(
-        names,
-        None,
-        collate_fn=read,
-        num_workers=workers,
-        worker_init_fn=_prepare_worker,
-        multiprocessing_context=context,
-    )
-    yield from _clear_errors(loader)
+    yield from _clear_errors(DataLoader(names, None, collate_fn=read, **_workers(config.dataset.workers)))
 
 
 def _pixels(source: Source, name: str) -> Tensor:
@@ -206,16 +194,14 @@ def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: int) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=stacked,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=False,
-        worker_init_fn=_prepare_worker,
-        multiprocessing_context="fork" if workers else None,
-    )
+    pinned = torch.cuda.is_available()
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=stacked, pin_memory=pinned, **_workers(workers))
+
+
+def _workers(count: int) -> dict[str, Any]:
+    """Options of a loader whose worker processes are ours."""
+    context = "fork" if count else None
+    return {"num_workers": count, "worker_init_fn": _prepare_worker, "multiprocessing_context": context}
 
 
 def _prepare_worker(worker: int) -> None:

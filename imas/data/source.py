@@ -78,7 +78,9 @@ class FileSource:
                 f"{path}: {int(foreign.sum())} pixels have the values {_first(values)}; expected classes "
                 f"0..{self.num_classes - 1} or {self.ignore_index} (ignored){left_out if len(values) == 1 else ''}"
             )
-        return Image.fromarray(labels)
+        mask = Image.fromarray(labels)
+        mask.info["stored"] = stored  # for the doctor
+        return mask
 
     def paths(self, name: str) -> tuple[Path, Path]:
         """Image and mask of a list line, as their names are on the disk (see ``existing``)."""
@@ -280,6 +282,8 @@ def _opened(path: Path, use: Callable[[Image.Image], Any] | None = None) -> Any:
         reason = f"cannot be read as an image ({error or type(error).__name__})"
         if isinstance(error, OSError) and error.errno is not None:
             reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        elif not path.stat().st_size:
+            reason = "cannot be read as an image (the file is empty)"
         raise DataError(f"{path}: {reason}") from None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..legacy import STATE_KEYS
 from ..methods.base import Method
-from ..models.pretrained import compare_states, describe_misfits, load_safely
+from ..models.pretrained import compare_states, describe_misfits, load_safely, need_finite
 
 log = logging.getLogger("imas")
 
@@ -140,7 +140,7 @@ def load_network(network: nn.Module, name: str, state: dict[str, Any], path: str
     """Load one network from a checkpoint's dict, by its name. A ``module.`` prefix is dropped.
 
     Raises:
-        UserError: the checkpoint has no such network, or its tensors do not fit; they are named.
+        UserError: the checkpoint has no such network, or its tensors do not fit or are not finite; they are named.
     """
     if state.get(state_key(name)) is None:
         raise UserError(f"{path}: has no network {name}; it has {', '.join(network_names(state))}")
@@ -149,6 +149,10 @@ def load_network(network: nn.Module, name: str, state: dict[str, Any], path: str
     if misfits:
         head = f"{path}: its {name} does not fit the network of the configuration:"
         raise UserError("\n  ".join([head, *misfits]))
+    try:
+        need_finite(weights, f"{path}, {name}")
+    except ValueError as error:
+        raise UserError(f"{error}. Take an earlier checkpoint") from None
     network.load_state_dict(weights)
 
 
@@ -203,25 +207,18 @@ class Resumed(NamedTuple):
     partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
     scaler: dict[str, Any] | None = None  # of fp16
     rates: dict[str, float] | None = None  # what the method's last update gave for the log
-    config: dict[str, Any] | None = None  # the recipe
     run: dict[str, Any] | None = None  # what ``provenance.describe`` gave
 
 
-def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: int) -> Resumed:
+def resume(state: dict[str, Any], path: Path, method: Method, optimizer: torch.optim.Optimizer) -> Resumed:
     """Load a run's method and momentum. Rates come from the configuration.
 
     A checkpoint of the authors' code has neither our best figures nor, always, the order of our parameters: what cannot
     be taken over is said.
 
     Raises:
-        UserError: see ``read`` and ``load_network``; a checkpoint without its epoch, or of a run with another seed.
+        UserError: see ``load_network``; a checkpoint without its epoch.
     """
-    state, path = _read_or_previous(path)
-    if state.get("seed", seed) != seed:
-        raise UserError(
-            f"{path}: that run had the seed {state['seed']}, this one has {seed}. Continue it with its own seed, or "
-            "name another saver.snapshot_dir"
-        )
     if type(state.get("epoch")) is not int:
         raise UserError(f"{path}: tells no epoch; as a start for a new run, name it in trainer.start_from")
     for name, network in method.networks().items():
@@ -232,14 +229,16 @@ def resume(path: Path, method: Method, optimizer: torch.optim.Optimizer, seed: i
         log.warning("%s tells no best mIoU of ours: the best starts anew", path)
     description = state.get("run", {})
     step, world, batch = state.get("step", 0), description.get("processes", 1), description.get("total_batch", 0)
-    log.info("resumed after epoch %d%s from %s", state["epoch"] - 1, f" and {step} updates" if step else "", path)
+    done = [f"epoch {state['epoch'] - 1}"] if state["epoch"] else []
+    done += [f"{step} updates"] if step or not done else []
+    log.info("resumed after %s from %s", " and ".join(done), path)
     length = state.get("iterations_per_epoch")
     partial, scaler = state.get("partial"), state.get("scaler_state")
-    rates, config, run = (state.get(key) for key in ("rates", "config", "run"))
-    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, rates, config, run)
+    rates, run = state.get("rates"), state.get("run")
+    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, rates, run)
 
 
-def _read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:
+def read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:
     """A checkpoint; where it is torn or foreign, the one before it."""
     try:
         return read(path), path

@@ -34,7 +34,7 @@ from . import checkpoint, precision, provenance
 from .evaluate import Evaluation
 from .health import Health
 from .interrupt import Interrupted, Interruption
-from .log import RunLog, one_line, spoken, tag
+from .log import RunLog, one_line, set_aside, spoken, tag
 from .meter import Clock, Meter, NonFiniteLoss
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
 from .run import Run, resume, save, to_device
@@ -92,6 +92,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         if resumed_from is not None:
             resume(run, resumed_from, by_hand)
+        elif distributed.is_main():
+            set_aside(config.folder, config.stage)
         source = "none" if resumed_from is None else resumed_from.name
         distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
         _run_all(run, keep, stack)
@@ -147,7 +149,7 @@ def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> No
         if run_log.writer is not None and run.pictures_due():
             show_progress(run, evaluation, run_log)
     if not matrices:
-        log.info("all %d epochs were done before; to train anew, name another saver.snapshot_dir", epochs)
+        log.info("all %d epochs were done before; to train anew, name another folder with --out", epochs)
         matrices = evaluation(method.scored())
     if distributed.is_main():
         bar.clear()

@@ -37,7 +37,7 @@ def hold(folder: Path) -> TextIO:
         holder = file.read().strip() or "another process"
         file.close()
         raise UserError(
-            f"{folder}: in use by another live run ({holder}). Stop that one, or put this YAML into a folder of its own"
+            f"{folder}: in use by another live run ({holder}). Stop that one, or name another folder with --out"
         ) from None
     return _name_holder(file)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import sys
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,25 @@ def start_logging(folder: Path | None = None) -> None:
         log.handlers.append(logging.FileHandler(folder / "train.log", encoding="utf-8"))
     for handler in log.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+
+def set_aside(root: Path, stage: str) -> None:
+    """Move what an earlier run has left in a log folder, so that a new run overwrites nothing: ``log/STAGE`` to
+    ``log_before_1/STAGE``, or the next free number. ``train.log`` and ``run.yaml``, which are only added to, stay.
+
+    Args:
+        root: the folder of ``log/``.
+    """
+    folder = root / "log" / stage
+    if not (folder / "metrics.csv").is_file() or not _read(folder / "metrics.csv"):
+        return
+    numbered = (root / f"log_before_{number}" / stage for number in itertools.count(1))
+    aside = next(path for path in numbered if not (path / "metrics.csv").exists())
+    aside.mkdir(parents=True, exist_ok=True)
+    for pattern in ("*.csv", "*.png", "*.json", "*.html", "config.yaml", "tensorboard"):
+        for path in folder.glob(pattern):
+            path.rename(aside / path.name)
+    log.warning("%s: an earlier run has left its logs here; they are in %s now", folder, aside)
 
 
 def need_tensorboard() -> None:

@@ -16,6 +16,7 @@ import yaml
 from .. import distributed
 from ..data.lists import Lists, list_paths
 from ..data.splits import digest
+from ..errors import UserError
 from ..schema import Config
 from .optim import total_batch
 
@@ -45,12 +46,12 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
             for name, names in lists.by_name().items()
             if names
         },
-        "files": {text: len(files) for text, files in lists.remarks.items()},
+        "files": dict(lists.files),
     }
 
 
-# Keys that steer how, or for how long, a run is carried out.
-_ASIDE = ("saver.", "dataset.workers", "dataset.cache", "dataset.on_error", "trainer.epochs")
+# Keys that steer how a run is carried out.
+_ASIDE = ("saver.", "dataset.workers", "dataset.cache", "dataset.on_error")
 
 
 def changes(before: dict, config: dict, path: str = "") -> list[str]:
@@ -78,6 +79,34 @@ def _new(path: str, value: Any) -> list[str]:
 def steers(line: str) -> bool:
     """Whether a line of ``changes`` makes it another experiment."""
     return not line.startswith(_ASIDE)
+
+
+def need_same(path: Path, state: dict[str, Any], config: Config, seed: int, by_hand: bool = False) -> list[str]:
+    """See that a checkpoint is of this run; what has changed in its recipe all the same, as lines of ``changes``.
+
+    Args:
+        state: the checkpoint's dict.
+        by_hand: the file was named, so that the run goes on from it with another recipe, too.
+
+    Raises:
+        UserError: another seed; another recipe, with the keys that differ.
+    """
+    if state.get("seed", seed) != seed:
+        raise UserError(
+            f"{path}: that run had the seed {state['seed']}, this one has {seed}. Continue it with its own seed, or "
+            "name another folder with --out"
+        )
+    before = state.get("config")
+    if not before or "method" in before:  # the authors' code; version 0.1, whose keys had other names
+        return []
+    lines = changes(before, config.to_dict())
+    if not by_hand and any(map(steers, lines)):
+        text = (
+            f"{path} is of another recipe. Name another folder with --out; or, to go on from it with this recipe: "
+            f"--resume {path}"
+        )
+        raise UserError("\n  ".join([text, *lines]))
+    return lines
 
 
 def val_list(description: dict | None) -> str | None:
@@ -111,11 +140,10 @@ def in_numbers(config: Config, lists: Lists, iterations: int, world: int) -> str
     return f"{images}; {config.trainer.epochs} epochs of {iterations} iterations, {batch}"
 
 
-def identity(config: Config, lists: Lists, seed: int) -> dict[str, str]:
-    """What makes ranks one run, as text by name: seed, folder, commit, versions, lists, and every key of the recipe."""
+def identity(config: Config, seed: int) -> dict[str, str]:
+    """What makes ranks one run, as text by name: seed, folder, commit, versions, and every key of the recipe."""
     texts = {"seed": seed, "run folder": config.folder.resolve(), "commit": git_commit()}
     texts |= {name: version(name) for name in PACKAGES}
-    texts |= {f"{name} list": f"{len(names)} images, {digest(names)[:12]}" for name, names in lists.by_name().items()}
     return {name: str(text) for name, text in (texts | _dotted(config.to_dict())).items()}
 
 

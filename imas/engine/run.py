@@ -15,7 +15,6 @@ from .. import distributed
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
-from ..errors import UserError
 from ..methods.base import Labeled, Method, Progress, Unlabeled
 from ..schema import Config
 from . import checkpoint, provenance
@@ -127,14 +126,10 @@ def resume(run: Run, path: Path, by_hand: bool = False) -> None:
     Raises:
         UserError: it cannot be used; it is of another recipe, unless by hand.
     """
-    found = checkpoint.resume(path, run.method, run.optimizer, run.seed)
-    best, recipe = found.best, []
-    if found.config and "method" not in found.config:  # else of version 0.1, whose keys had other names
-        recipe = provenance.changes(found.config, run.config.to_dict())
-    if not by_hand and any(map(provenance.steers, recipe)):
-        raise UserError(
-            "\n  ".join([f"{path} is of another recipe. To go on with this one nevertheless: --resume {path}", *recipe])
-        )
+    state, path = checkpoint.read_or_previous(path)
+    recipe = provenance.need_same(path, state, run.config, run.seed, by_hand)
+    found = checkpoint.resume(state, path, run.method, run.optimizer)
+    best = found.best
     if changed := [*recipe, *(provenance.surroundings_changed(found.run, run.description) if found.run else ())]:
         log.warning("%s", "\n  ".join(["changed since the checkpoint:", *changed]))
     if best and provenance.val_list(found.run) != provenance.val_list(run.description):

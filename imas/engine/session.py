@@ -18,7 +18,7 @@ from ..data.lists import Lists
 from ..errors import UserError
 from ..methods.base import Method
 from ..schema import Config
-from . import checkpoint
+from . import checkpoint, provenance
 from .fit import fit
 from .inference import Inference
 from .interrupt import Interrupted, Interruption
@@ -27,7 +27,7 @@ from .precision import prepare_network
 
 log = logging.getLogger("imas")
 
-_DONE = "done"  # the file that marks a finished stage, beside its checkpoints; it tells the seed
+_DONE = "done"  # the file that marks a finished stage, beside its checkpoints
 
 
 class Session:
@@ -85,14 +85,15 @@ class Session:
             The stage's configuration, whose ``snapshot_dir`` has its checkpoints.
 
         Raises:
-            UserError: the stage was trained with another seed; pseudo labels that are missing or do not fit.
+            UserError: the stage was trained with another seed or recipe; pseudo labels that are missing or do not fit.
         """
         config, lists = config or self.config, lists or self.lists
         config = dataclasses.replace(config, stage=stage, wants=kind.wants(config.options))
         mark = config.snapshot_dir / _DONE
         found = checkpoint.find_checkpoint(config.snapshot_dir, self._resume(config))
         if stage and mark.is_file():
-            self._same_seed(mark)
+            done = self.last(config)
+            provenance.need_same(done, checkpoint.read(done), config, self.seed, by_hand=found != done)
             log.info("stage %s is done: %s", stage, config.snapshot_dir)
             return config
         if stage and distributed.any_rank(self.interruption.asked(0), self.device):
@@ -121,7 +122,7 @@ class Session:
         if distributed.is_main():
             self.finish(config)
             if stage:
-                mark.write_text(str(self.seed), encoding="utf-8")
+                mark.touch()
         distributed.barrier()  # the next stage reads what this one has written
         return config
 
@@ -136,14 +137,6 @@ class Session:
         folder, own = Path(self.resume).resolve().parent, config.snapshot_dir.resolve()
         another = folder != own and (config.stage or folder.is_relative_to(own))
         return "auto" if another else self.resume
-
-    def _same_seed(self, mark: Path) -> None:
-        seed = mark.read_text(encoding="utf-8")
-        if seed != str(self.seed):
-            raise UserError(
-                f"{mark.parent}: was trained with the seed {seed}, this run has {self.seed}. Continue it with its own "
-                "seed, or name another folder with --out"
-            )
 
     def _check_labels(self, config: Config, lists: Lists) -> None:
         """See that each unlabeled image of a stage has a pseudo label that fits, if it reads such."""

@@ -87,15 +87,20 @@ def load_encoder(encoder: ResNet, source: str | Path) -> None:
             f"{source}: none of its {len(state)} tensors fits this encoder (first: {', '.join(list(state)[:4])}). "
             "Is it a weight file of this ResNet?"
         )
-    broken = [name for name, tensor in fitting.items() if not tensor.isfinite().all()]
-    if broken:
-        raise ValueError(f"{source}: NaN or infinite numbers in {len(broken)} tensors: {', '.join(broken[:_SHOWN])}")
+    need_finite(fitting, source)
     encoder.load_state_dict(fitting, strict=False)
     log.info("encoder weights from %s (%s kind): %d of %d tensors matched", source, kind, len(fitting), len(own))
     # num_batches_tracked is missing from files of old PyTorch versions and steers nothing here.
     misfits["missing"] = [name for name in misfits["missing"] if not name.endswith("num_batches_tracked")]
     for line in describe_misfits(misfits, _SHOWN):
         log.warning("  %s", line)
+
+
+def need_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ``ValueError`` with the names of tensors that hold NaN or infinite numbers."""
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{source}: NaN or infinite numbers in {len(broken)} tensors: {', '.join(broken[:_SHOWN])}")
 
 
 def compare_states(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -163,9 +168,12 @@ def load_safely(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:
-        head = file.read(64).lstrip().lower()
-    for start, what in _FOREIGN.items():
-        if head.startswith(start):
+        start = file.read(64)
+    if not start:
+        raise ValueError(f"{path}: the file is empty")
+    head = start.lstrip().lower()
+    for words, what in _FOREIGN.items():
+        if head.startswith(words):
             raise ValueError(f"{path}: {what}")
     try:
         with torch.serialization.safe_globals(_NUMPY):
