@@ -29,9 +29,12 @@ from imas.methods.base import Progress
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
-    "dataset.shapes.labeled=12", "imas.sup_only_epoch=50", "trainer.epochs=90", "trainer.eval_every=90",
-    "saver.use_tb=false", "saver.auto_resume=true",
-)  # fmt: skip
+    "trainer.epochs=90",
+    "imas.sup_only_epoch=50",
+    "trainer.eval_every=90",
+    "saver.use_tb=false",
+    "saver.auto_resume=true",
+)
 
 
 def train(folder: Path, settings: tuple[str, ...] = SETTINGS) -> Path:
