@@ -141,7 +141,7 @@ def need_writable(flag: str, path: Path, folder: bool = False) -> None:
 
 
 def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
-    """The configuration of ``--config``, or of the checkpoint, with what the command line says otherwise.
+    """The configuration of ``--config``, or of the checkpoint, with what the command line overrides.
 
     Raises:
         UserError: a checkpoint without a configuration; flags that do not fit the data set.

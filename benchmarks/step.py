@@ -228,9 +228,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock(device)
-    for function in ("class_shares", "label_shares"):
-        clock.put_around(method_file, **{function: "logged shares"})
-    clock.put_around(method_file, score_predictions="score")
+    clock.put_around(method_file, logged_shares="logged shares", score_predictions="score")
     config = recipe_config(options.recipe, [])
     batch = make_batch(config)
     make = {TWIN: lambda: Way(TWIN, config, batch, device, clock)}

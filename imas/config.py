@@ -143,7 +143,7 @@ def read_net(raw: dict) -> Net:
 
 
 def _with_derived(config: Config) -> Config:
-    """Fill in what follows from other keys, so that the resolved recipe says it."""
+    """Fill in what follows from other keys, so that the resolved recipe shows it."""
     train, optimizer = config.dataset.train, config.trainer.optimizer
     if optimizer.head_lr_times is None:
         optimizer = dataclasses.replace(optimizer, head_lr_times=catalog_of(config.dataset).head_lr_times)
@@ -285,7 +285,7 @@ def _check_data(config: Config, reader: Reader) -> None:
 
 
 def _largest_image(config: Config) -> int | None:
-    """The longest side that a training image can have after resizing, where the configuration alone tells it."""
+    """The longest side that a training image can have after resizing, where it follows from the configuration alone."""
     train = config.dataset.train
     if train.rand_resize is not None and train.resize_base_size is not None:
         base = train.resize_base_size

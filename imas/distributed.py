@@ -35,7 +35,7 @@ _store: dist.Store | None = None  # of the processes, while they are joined
 
 
 def for_summary(main: Callable[[], None]) -> Callable[[], None]:
-    """A script's ``main``, whose error stands in torchrun's summary where torchrun has started it."""
+    """A script's ``main``, whose error is shown in torchrun's summary where torchrun has started it."""
     return record(main) if "TORCHELASTIC_ERROR_FILE" in os.environ else main
 
 
@@ -59,7 +59,7 @@ def read_launcher() -> None:
 
 
 def _need(names: tuple[str, ...], given: str, launcher: str) -> None:
-    """See that a launcher's variables are all set where ``given`` is, which tells that it has started this process.
+    """See that all variables of a launcher are set where ``given``, one of them, is.
 
     Raises:
         UserError: one is missing, or is no number.
@@ -115,7 +115,7 @@ def process_group() -> Iterator[torch.device]:
             raise
         raise UserError(
             f"lost the others: one of them has ended, or did not answer for {_PATIENCE.seconds // 60} minutes; the "
-            f"cause stands in its output ({str(error).splitlines()[0]})"
+            f"cause is in its output ({str(error).splitlines()[0]})"
         ) from None
     except BaseException:
         _leave(failed=True)
@@ -167,18 +167,16 @@ def _join(device: torch.device) -> None:
     """Meet the other ranks at MASTER_ADDR:MASTER_PORT."""
     global _store
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    number, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    log.info(
-        "rank %s of %s waits for the others at %s, %d minutes at most", number, world, where, _PATIENCE.seconds // 60
-    )
+    who, minutes = f"rank {rank()} of {os.environ['WORLD_SIZE']}", _PATIENCE.seconds // 60
+    log.info("%s waits for the others at %s, %d minutes at most", who, where, minutes)
     try:
         patience = _PATIENCE if is_main() else _CHECKING
-        store, number, world = next(dist.rendezvous("env://", timeout=patience))
+        store, own_rank, world = next(dist.rendezvous("env://", timeout=patience))
         _store = dist.PrefixStore(f"attempt {_attempt()}", store)
-        _come_once(number)
+        _come_once(own_rank)
         _store.wait(["rank 0"], _CHECKING)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=_store, rank=number, world_size=world,
+            "nccl" if device.type == "cuda" else "gloo", store=_store, rank=own_rank, world_size=world,
             timeout=_PATIENCE, device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
     except RuntimeError as error:
@@ -191,13 +189,13 @@ def _join(device: torch.device) -> None:
         raise UserError(f"cannot join the others at {where}: {hint} ({reason})") from None
 
 
-def _come_once(number: int) -> None:
+def _come_once(own_rank: int) -> None:
     """Two runs at one address would take each other's ranks for their own."""
     me = f"{platform.node()}, pid {os.getpid()}"
-    there = _store.compare_set(f"rank {number}", "", me).decode()
+    there = _store.compare_set(f"rank {own_rank}", "", me).decode()
     if there != me:
         raise UserError(
-            f"rank {number} is here already ({there}): another run uses this address, so choose another MASTER_PORT "
+            f"rank {own_rank} is here already ({there}): another run uses this address, so choose another MASTER_PORT "
             "(RDZV_ENDPOINT, RDZV_ID); or, after a restart on several nodes, an earlier attempt has left it, so start "
             "torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as single_run.sh does"
         )
@@ -233,10 +231,10 @@ def agree(run: Mapping[str, Any]) -> None:
     lines = []
     for name in different[:_SHOWN]:
         values: dict[str, list[str]] = {}
-        for number, (host, each) in enumerate(everyone):
-            values.setdefault(str(each.get(name)), []).append(f"rank {number} on {host}")
-        told = (f"{value} ({', '.join(ranks[:2])}{', ...' * (len(ranks) > 2)})" for value, ranks in values.items())
-        lines.append(f"{name}: {' / '.join(told)}")
+        for i, (host, each) in enumerate(everyone):
+            values.setdefault(str(each.get(name)), []).append(f"rank {i} on {host}")
+        shown = (f"{value} ({', '.join(ranks[:2])}{', ...' * (len(ranks) > 2)})" for value, ranks in values.items())
+        lines.append(f"{name}: {' / '.join(shown)}")
     if len(different) > _SHOWN:
         lines.append(f"and {len(different) - _SHOWN} more")
     raise UserError(
@@ -248,9 +246,9 @@ def agree(run: Mapping[str, Any]) -> None:
 def devices() -> list[str]:
     """What this machine has to compute on, a line a device."""
     lines = [f"CPU, {torch.get_num_threads()} threads"]
-    for number in range(torch.cuda.device_count()):
-        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(number))
-        lines.append(f"GPU {number}, {torch.cuda.get_device_name(number)}, {total:.1f} GiB, {free:.1f} of them free")
+    for i in range(torch.cuda.device_count()):
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(i))
+        lines.append(f"GPU {i}, {torch.cuda.get_device_name(i)}, {total:.1f} GiB, {free:.1f} of them free")
     return lines
 
 

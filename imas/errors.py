@@ -92,7 +92,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    """With several processes the message tells whose it is."""
+    """With several processes the message names rank and host."""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     who = f"rank {os.environ.get('RANK')} on {platform.node()}: " if several else ""
     print(f"error: {who}{message}", file=sys.stderr)

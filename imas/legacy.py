@@ -278,7 +278,7 @@ def _move(raw: dict[str, Any], key: str, today: str, value: Any, reader: Reader,
                 written, f"{show(value)} is not a value that this former key could have", reader.lines.get(key)
             )
             return
-    with contextlib.suppress(ValueError):  # the section is none, which the reader will say
+    with contextlib.suppress(ValueError):  # not a section: the reader reports it
         put(raw, today, value)
     remarks.append(f"{written} → {today}" + ("" if isinstance(value, dict) else f": {show(value)}"))
 
@@ -299,7 +299,7 @@ def _fill_in(raw: dict[str, Any], method: str, remarks: list[str]) -> None:
         implied["dataset.train.resize_base_size"] = _U2PL_SIZES[type_]
     for key, value in implied.items():
         if get(raw, key) is MISSING:
-            with contextlib.suppress(ValueError):  # the section is none, which the reader will say
+            with contextlib.suppress(ValueError):  # not a section: the reader reports it
                 put(raw, key, value)
             remarks.append(f"{key}: {show(value)}, as in U2PL's code")
 

@@ -183,7 +183,7 @@ _UNLOADABLE = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionEr
 def read_yaml(path: Path) -> tuple[Any, Reader]:
     """The content of a YAML file, by the safe loader, and a reader that knows its lines.
 
-    A key that stands twice (YAML would silently keep the last) is an error of the reader.
+    A repeated key, of which YAML would silently keep the last value, is an error of the reader.
 
     Raises:
         ConfigError: a file that is missing or not YAML.

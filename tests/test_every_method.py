@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, run_ranks
 from test_methods import CONTRACT
 
 import train_semi
+from imas.engine import show
 from imas.engine.interrupt import Interrupted, Interruption
 from imas.methods import METHODS
 from imas.strict import to_plain
@@ -50,7 +51,8 @@ def test_a_stopped_run_ends_bitwise_as_a_straight_one(
 ) -> None:
     """Stopped in the middle of its second epoch of training, or of the stage that is first to have one."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    words = ["--config", str(config), "--set", "saver.use_tb=false"]
+    words = ["--config", str(config), "--set", "saver.use_tb=false", "--set", "trainer.epochs=2"]
+    monkeypatch.setattr(show, "_draw", lambda *_: None)  # the pictures at the end
     train_semi.main([*words, "--out", str(straight)])
     with monkeypatch.context() as patch:
         patch.setattr(Interruption, "stops_before", lambda self, iteration: iteration == 6)
@@ -112,7 +114,7 @@ def test_a_run_on_two_ranks_goes_on_bitwise(config: Path, tmp_path: Path) -> Non
             pass
         """)
     )
-    words = ["--config", config, "--set", "saver.use_tb=false", "--resume", "auto"]
+    words = ["--config", config, "--set", "saver.use_tb=false", "--set", "trainer.epochs=2", "--resume", "auto"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     for at, out in ((0, straight), (3, stopped), (0, stopped)):
         ended = run_ranks(script, str(at), *words, "--out", out)

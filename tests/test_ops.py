@@ -21,7 +21,7 @@ from imas import (
 )
 from imas.ops import mixing
 from imas.ops.losses import cross_entropy
-from imas.ops.pseudo import Prediction, class_shares, label_shares, predict
+from imas.ops.pseudo import Prediction, logged_shares, predict
 
 
 def _logits(case: dict) -> tuple[Tensor, Tensor]:
@@ -337,11 +337,15 @@ def test_what_is_predicted_where_nothing_counts_does_not_matter() -> None:
 def test_shares_of_classes() -> None:
     label = torch.tensor([[[0, 1], [1, 2]], [[2, 2], [2, 0]]])
     confidence = torch.tensor([[[0.9, 0.8], [0.79, 1.0]], [[0.1, 0.8], [0.9, 0.2]]])
-    confident, predicted = class_shares(Prediction(label, confidence), 0.8, 4)
-    assert confident.tolist() == [1 / 8, 1 / 8, 3 / 8, 0]
-    assert predicted.tolist() == [2 / 8, 2 / 8, 4 / 8, 0]
-    label[0, 0] = 255
-    assert label_shares(label, 4).tolist() == [1 / 8, 1 / 8, 4 / 8, 0]
+    labeled = label.clone()
+    labeled[0, 0] = 255
+    pseudo = Prediction(label, confidence)
+    assert {name: shares.tolist() for name, shares in logged_shares(pseudo, 0.8, labeled, 4).items()} == {
+        "confident": [1 / 8, 1 / 8, 3 / 8, 0],
+        "predicted": [2 / 8, 2 / 8, 4 / 8, 0],
+        "labeled": [1 / 8, 1 / 8, 4 / 8, 0],
+    }
+    assert pseudo.sure(0.8).tolist() == [[[0, 1], [255, 2]], [[255, 2], [2, 255]]]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import re
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, run_ranks, start
+from conftest import run, run_ranks
 
 from imas.errors import run_script
 
@@ -87,28 +85,6 @@ def test_sup_only_trains_and_has_no_teacher(experiment: Callable[..., Path]) -> 
     assert all(row["miou_tea"] == row["loss_ub"] == "" for row in rows)
     evaluated = run("eval.py", "--config", config, "--checkpoint", config.parent / "checkpoints" / "ckpt.pth")
     assert f"mIoU {float(rows[1]['miou_stu']):.2f}" in evaluated.stdout
-
-
-@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_continues_to_the_same_end(experiment: Callable[..., Path], way: signal.Signals) -> None:
-    """Killed after its first epoch and started again: weights bitwise those of a run that was left alone."""
-    straight, killed = experiment("straight"), experiment("killed")
-    assert run("train_semi.py", "--config", straight).returncode == 0
-    process = start("train_semi.py", "--config", killed)
-    checkpoint = killed.parent / "checkpoints" / "ckpt.pth"
-    deadline = time.monotonic() + 120
-    while not checkpoint.is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(way)
-    process.communicate(timeout=60)
-    assert checkpoint.is_file()
-    again = run("train_semi.py", "--config", killed)
-    assert again.returncode == 0, again.stderr
-    expected, got = _weights(straight.parent), _weights(killed.parent)
-    assert expected.keys() == got.keys()
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
-    for name in ("metrics.csv", "scores.csv"):
-        assert (straight.parent / "log" / name).read_text() == (killed.parent / "log" / name).read_text()
 
 
 def test_same_seed_same_run_and_other_seed_another(experiment: Callable[..., Path]) -> None:

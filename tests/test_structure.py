@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import sys
 from pathlib import Path
@@ -97,10 +98,15 @@ def _outside_methods() -> list[Path]:
     return [*paths, *sorted(ROOT.glob("*.py"))]
 
 
+@functools.cache
+def _networks() -> set[str]:
+    return {name for method in CONTRACT for name in small(method, **CONTRACT[method]).networks()}
+
+
 @pytest.mark.parametrize("path", _outside_methods(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_else_knows_a_method_or_its_networks(path: Path) -> None:
     """No name of a method or of a network as a text, no network as an attribute, no method's class."""
-    networks = {name for method in CONTRACT for name in small(method, **CONTRACT[method]).networks()}
+    networks = _networks()
     texts = networks | METHODS.keys()
     tree = ast.parse(path.read_text())
     loggers = {
@@ -141,8 +147,8 @@ def test_functions_have_types_and_public_ones_docstrings(path: Path) -> None:
             assert set(bare) <= {"self", "cls", "ctx"} and node.returns is not None, f"{node.name}: {bare}"
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            told = ast.get_docstring(node) or path.name == "schema.py"  # its sections are their fields
-            assert told, f"{node.name} has no docstring"
+            explained = ast.get_docstring(node) or path.name == "schema.py"  # its sections are their fields
+            assert explained, f"{node.name} has no docstring"
 
 
 def test_every_definition_is_used() -> None:

@@ -34,7 +34,7 @@ def save(state: dict[str, Any], path: Path, twin: Path | None = None) -> None:
         twin: a file to which the same state has just been saved. It gets a second name where the file system can.
 
     Raises:
-        UserError: a full disk, a folder that cannot be written to. What stood there before stays.
+        UserError: a full disk, a folder that cannot be written to. The file that was there stays.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -256,8 +256,8 @@ def _load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any] | Non
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     averages = (state or {}).get("state", {})
     fits = set(averages) == set(range(len(parameters))) and all(
-        average.shape == parameters[number].shape
-        for number, values in averages.items()
+        average.shape == parameters[i].shape
+        for i, values in averages.items()
         for average in values.values()
         if isinstance(average, Tensor) and average.dim() > 0
     )
@@ -283,9 +283,9 @@ def take_momentum(optimizer: torch.optim.Optimizer, path: Path, network: str) ->
     state = read(path)["optimizer_state"]
     theirs = {group["name"]: group["params"] for group in state["param_groups"]}
     for group in optimizer.param_groups:
-        for parameter, number in zip(group["params"], theirs[f"{network}.{group['name']}"], strict=True):
-            if number in state["state"]:
-                optimizer.state[parameter] = _averages_like(parameter, state["state"][number])
+        for parameter, i in zip(group["params"], theirs[f"{network}.{group['name']}"], strict=True):
+            if i in state["state"]:
+                optimizer.state[parameter] = _averages_like(parameter, state["state"][i])
 
 
 def _averages_like(parameter: Tensor, values: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..data.lists import Lists
 from ..data.loaders import evaluation_batches, evaluation_loader
 from ..data.normalise import Normalise
 from ..files import replacing
+from ..models.modes import evaluating
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from .interrupt import Interrupted
@@ -37,17 +37,6 @@ def predict_sliding(model: nn.Module, images: Tensor, crop: int) -> Tensor:
         crop: window side in pixels, at least 2.
     """
     return torch.cat([band.clone() for band in window_bands(model, images, crop)], dim=-2)
-
-
-@contextmanager
-def evaluating(networks: dict[str, nn.Module]) -> Iterator[None]:
-    """Networks in eval mode, and back in the mode that they were in."""
-    modes = [(network, network.training) for network in networks.values()]
-    for network, _ in modes:
-        network.eval()
-    yield
-    for network, mode in modes:
-        network.train(mode)
 
 
 @torch.no_grad()
@@ -74,7 +63,7 @@ def evaluate(
     """
     stopped = False
     matrices = {name: ConfusionMatrix(num_classes, ignore_index, predictor.device) for name in networks}
-    with evaluating(networks):
+    with evaluating(*networks.values()):
         for images, labels in evaluation_batches(loader):
             images = normalise(images.to(predictor.device, non_blocking=True))
             for name, network in networks.items():

@@ -105,7 +105,7 @@ class Inference:
         for _, image in self.images(list(captions)):
             maps = [coloured(network(image)[0].argmax(dim=1)[0], catalog.palette) for network in networks]
             rows.append([TF.to_pil_image(self.normalise.inverse(image)[0].cpu()), *maps])
-        titles = ["image", *(f"network {number}" for number in range(1, 1 + len(networks)))]
+        titles = ["image", *(f"network {i}" for i in range(1, 1 + len(networks)))]
         picture = sheet(dict(zip(titles, map(list, zip(*rows)))), list(captions.values()), catalog)
         with replacing(path) as temporary:
             picture.save(temporary, "PNG")

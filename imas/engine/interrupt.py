@@ -1,4 +1,4 @@
-"""Signals: a run that is asked to stop finishes its iteration, saves, and says how to go on."""
+"""Signals: a run that is asked to stop finishes its iteration, saves, and prints how to go on."""
 
 from __future__ import annotations
 

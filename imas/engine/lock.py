@@ -16,7 +16,7 @@ log = logging.getLogger("imas")
 
 
 def hold(folder: Path) -> TextIO:
-    """Make the folder and lock it, for as long as the file that this gives stays open; it tells host and pid.
+    """Make the folder and lock it, for as long as the file that this gives stays open; host and pid are in it.
 
     The lock is the kernel's and goes with this process, however it ends; worker processes do not inherit it.
 

@@ -57,7 +57,7 @@ class Meter:
             if bad:
                 every = ", ".join(f"{name} = {value:.5g}" for name, value in zip(names, step) if "/" not in name)
                 finite = distributed.gather(bool(mine[offset].isfinite().all()))
-                ranks = ", ".join(str(number) for number, fine in enumerate(finite) if not fine)
+                ranks = ", ".join(str(i) for i, fine in enumerate(finite) if not fine)
                 where = f" on rank {ranks}" if len(finite) > 1 else ""
                 raise NonFiniteLoss(
                     f"iteration {first + offset}: {' and '.join(bad)}{where} (all: {every}). The last checkpoint is "

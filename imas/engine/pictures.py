@@ -13,8 +13,8 @@ from torchvision.transforms import functional as TF
 
 from ..data.catalog import Catalog
 from ..data.normalise import Normalise
+from ..models.modes import evaluating
 from ..ops.metrics import ConfusionMatrix
-from .evaluate import evaluating
 from .sliding import Predictor
 
 _TILE = 256  # longest side of a tile, in pixels
@@ -35,7 +35,7 @@ def prediction_sheet(
 ) -> Image.Image:
     """A row for each of ``count`` images spread over an ``EvaluationSet``: image, truth, every network's prediction."""
     columns: dict[str, list[Image.Image]] = {title: [] for title in ("image", "truth", *networks)}
-    with evaluating(networks):
+    with evaluating(*networks.values()):
         for index in spread(len(dataset), count):
             image, label = dataset[index]
             columns["image"].append(TF.to_pil_image(image))

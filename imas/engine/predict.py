@@ -26,8 +26,8 @@ from ..data.normalise import Normalise
 from ..data.source import DataError, read_image
 from ..errors import UserError
 from ..files import replacing
+from ..models.modes import evaluating
 from ..schema import Dataset
-from .evaluate import evaluating
 from .pictures import coloured
 from .sliding import Predictor, labels_and_confidence
 
@@ -134,7 +134,7 @@ def predict_images(
 
     bar = tqdm(loader, unit="image", leave=False, dynamic_ncols=True, disable=None if distributed.is_main() else True)
     outcomes = []
-    with evaluating({"network": network}), ThreadPoolExecutor(_WRITERS) as pool:
+    with evaluating(network), ThreadPoolExecutor(_WRITERS) as pool:
         for (name, _), image in zip(mine, bar):
             if isinstance(image, str):
                 outcomes.append(pool.submit(str, image))

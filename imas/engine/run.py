@@ -118,7 +118,7 @@ def save(run: Run, improved: bool) -> None:
 
 
 def resume(run: Run, path: Path, by_hand: bool = False) -> None:
-    """Set a run to the state of a checkpoint, and say what has changed since then.
+    """Set a run to the state of a checkpoint, and log what has changed since then.
 
     Args:
         by_hand: the file was named, so that the run goes on with another recipe, too.

@@ -13,9 +13,10 @@ from torchvision.transforms import functional as TF
 from .. import distributed
 from ..data.dataset import Draw, stacked
 from ..data.source import DataError
+from ..models.modes import evaluating
 from ..ops.metrics import ConfusionMatrix
 from . import checkpoint
-from .evaluate import Evaluation, evaluating, figures, format_table, write_json
+from .evaluate import Evaluation, figures, format_table, write_json
 from .log import RunLog, last_scores
 from .pictures import look_sheet, prediction_sheet, spread
 from .run import Run, to_device
@@ -121,7 +122,7 @@ def _look(
     }
     labeled, unlabeled = to_device(batch, evaluation.normalise, run.device)
     # Not compiled: batches of other sizes would be compiled anew, while the other ranks wait.
-    with evaluating({"method": method}), torch.compiler.set_stance("force_eager"):
+    with evaluating(method), torch.compiler.set_stance("force_eager"):
         columns = method.look(labeled, unlabeled, progress)
     drawn = captions if unlabeled is None else unlabeled.index.tolist()
     return columns, [captions.get(i, "in the place of a broken image") for i in drawn]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import mixing
 from ..ops.losses import consistency_loss
-from ..ops.pseudo import Prediction, class_shares, label_shares, predict_scored
+from ..ops.pseudo import Prediction, logged_shares, predict_scored
 from ..schema import FRACTION, NOT_NEGATIVE, Config, Wants
 from ..strict import option
 from .base import Labeled, Progress, Step, StudentTeacher, Unlabeled
@@ -83,18 +83,16 @@ class AugSeg(StudentTeacher):
         # Step 7: one pass.
         views = [unlabeled.weak, mixed.image] if self.options.extra_weak else [mixed.image]
         coarse, coarse_aux = self.student.coarse(torch.cat([labeled.image, *views]))
-        of_labeled, of_mixed = coarse[: len(labeled.image)], coarse[-len(mixed.image) :]
+        of_mixed = coarse[-len(mixed.image) :]
 
         # Step 8: the supervised loss.
-        aux_of_labeled = None if coarse_aux is None else coarse_aux[: len(labeled.image)]
-        loss_lb = self.supervised(of_labeled, aux_of_labeled, labeled.label)
+        loss_lb = self.supervised_first(coarse, coarse_aux, labeled.label)
 
         # Step 9: the unsupervised loss, a mean over all pixels, also those that are dropped.
         label, confidence = mixed.pseudo
         loss_ub = self.options.loss_weight * consistency_loss(of_mixed, label, confidence, self.options.threshold)
 
         kept = (confidence >= self.options.threshold) & (label != _IGNORED)
-        confident, predicted = class_shares(pseudo, self.options.threshold, self.student.num_classes)
         scalars = {
             "loss_lb": loss_lb.detach(),
             "loss_ub": loss_ub.detach(),
@@ -102,9 +100,7 @@ class AugSeg(StudentTeacher):
             "score": score.mean(),
             "score_std": score.std(correction=0),
             "injected": mixed.injected.float().mean(),
-            "confident": confident,
-            "predicted": predicted,
-            "labeled": label_shares(labeled.label, self.student.num_classes),
+            **logged_shares(pseudo, self.options.threshold, labeled.label, self.student.num_classes),
         }
         return Step(loss_lb + loss_ub, scalars, score)  # step 10 is the engine's
 
@@ -171,11 +167,10 @@ class AugSeg(StudentTeacher):
             return {}
         pseudo, score = self.predict_weak(unlabeled.weak)
         mixed = self.mix(labeled, unlabeled.strong[0], pseudo, score, progress.generator, always=True)
-        label, confidence = mixed.pseudo
         return {
             "weak view": unlabeled.weak,
             "strong view": unlabeled.strong[0],
             "mixed view": mixed.image,
-            "pseudo label (grey: unsure)": label.masked_fill(confidence < self.options.threshold, _IGNORED),
+            "pseudo label (grey: unsure)": mixed.pseudo.sure(self.options.threshold),
             "score": score,
         }

@@ -79,6 +79,11 @@ class Method(nn.Module):
         self.options = options
         self.supervised = supervised
 
+    def supervised_first(self, coarse: Tensor, coarse_aux: Tensor | None, label: Tensor) -> Tensor:
+        """The supervised loss of a batch whose first images are the labeled ones."""
+        number = len(label)
+        return self.supervised(coarse[:number], None if coarse_aux is None else coarse_aux[:number], label)
+
     @classmethod
     def wants(cls, options: Any) -> Wants:
         """What each batch has to bring."""
@@ -100,7 +105,7 @@ class Method(nn.Module):
         session.fit("", cls)
 
     def forward(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> Step:
-        """One step; ``unlabeled`` is None where ``needs_unlabeled`` says so."""
+        """One step; ``unlabeled`` is None where ``needs_unlabeled`` is False."""
         raise NotImplementedError
 
     def needs_unlabeled(self, epoch: int) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..models.modes import evaluating
 from ..ops import mixing
 from ..ops.losses import pixel_cross_entropy
 from ..ops.pseudo import label_shares, predict
@@ -113,12 +114,9 @@ class CPS(Method):
         if self.options.use_cutmix:
             second, mask = self.draw(unlabeled.weak, progress.generator)
             columns["CutMix view"] = images = mixing.put(unlabeled.weak, second, mask)
-        training = self.training
-        self.eval()
-        with torch.no_grad():
+        with evaluating(self), torch.no_grad():
             labels = [predict(network.coarse(images, aux=False)[0], images.shape[-2:]).label
                       for network in self.networks().values()]  # fmt: skip
-        self.train(training)
         columns["student"], columns["student2"] = labels
         columns["agreement (red: they differ)"] = labels[0] != labels[1]
         return columns

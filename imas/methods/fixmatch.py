@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..models.deeplabv3plus import DeepLabV3Plus
 from ..models.ema import make_teacher, update_teacher
+from ..models.modes import evaluating
 from ..ops import mixing
 from ..ops.losses import valid_consistency_loss
-from ..ops.pseudo import Prediction, class_shares, label_shares, predict
+from ..ops.pseudo import Prediction, logged_shares, predict
 from ..schema import FRACTION, Config, Wants
 from ..strict import option
 from .base import Labeled, Method, NewNetwork, Progress, Step, Supervised, Unlabeled
@@ -80,7 +81,7 @@ class FixMatch(Method):
             of_strong = coarse[size:]
 
         # Steps 6 to 8.
-        loss_lb = self.supervised(coarse[:size], None if aux is None else aux[:size], labeled.label)
+        loss_lb = self.supervised_first(coarse, aux, labeled.label)
         loss_ub = self.consistency(of_strong, mixed(own, theirs, boxes[0]))
         return self.step(labeled, own, loss_lb, loss_ub)
 
@@ -113,10 +114,8 @@ class FixMatch(Method):
     @torch.no_grad()
     def predicted(self, network: DeepLabV3Plus, unlabeled: Unlabeled) -> Target:
         """The target of the weak views by a network in eval mode."""
-        training = network.training
-        network.eval()
-        coarse, _ = network.coarse(unlabeled.weak, aux=False)
-        network.train(training)
+        with evaluating(network):
+            coarse, _ = network.coarse(unlabeled.weak, aux=False)
         torch.clear_autocast_cache()  # torch 2.6 would train on weights that were cast here, without a gradient
         return self.target(coarse, unlabeled)
 
@@ -133,9 +132,8 @@ class FixMatch(Method):
         classes, threshold = self.student.num_classes, self.options.threshold
         passing = ((own.confidence >= threshold) & own.valid).sum() / own.valid.sum().clamp(min=1)
         real = Prediction(own.label.masked_fill(~own.valid, classes), own.confidence)
-        confident, predicted = class_shares(real, threshold, classes)
         scalars = {"loss_lb": loss_lb, "loss_ub": loss_ub, **more, "pseudo": passing}
-        scalars |= {"confident": confident, "predicted": predicted, "labeled": label_shares(labeled.label, classes)}
+        scalars |= logged_shares(real, threshold, labeled.label, classes)
         return Step((loss_lb + loss_ub) / 2, {name: value.detach() for name, value in scalars.items()})
 
     def after_step(self, progress: Progress) -> dict[str, float]:
@@ -156,8 +154,8 @@ class FixMatch(Method):
         own, theirs, boxes, strong = self.prepared(unlabeled, progress.generator)
         own = own or self.predicted(self.student, unlabeled)
         columns = {"weak view": unlabeled.weak, "pseudo label (grey: unsure)": self._sure(own)}
-        for number, (image, box) in enumerate(zip(strong, boxes, strict=True), 1):
-            which = f" {number}" if len(strong) > 1 else ""
+        for i, (image, box) in enumerate(zip(strong, boxes, strict=True), 1):
+            which = f" {i}" if len(strong) > 1 else ""
             columns[f"CutMix view{which}"] = image
             columns[f"its label{which}"] = self._sure(mixed(own, theirs, box))
         return columns

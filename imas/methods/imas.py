@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.modes import evaluating
 from ..ops import mixing
 from ..ops.hardness import Hardness, score_predictions
 from ..ops.losses import consistency_loss
-from ..ops.pseudo import Prediction, class_shares, label_shares, predict
+from ..ops.pseudo import Prediction, logged_shares, predict
 from ..schema import FRACTION, NOT_NEGATIVE, Config, Wants
 from ..strict import option
 from .base import Labeled, Progress, Step, StudentTeacher, Unlabeled
@@ -109,7 +110,7 @@ class IMAS(StudentTeacher):
         views = self.views(unlabeled, progress.generator)
         student, teacher, hardness, pseudo, strong, mixed = views
 
-        # What the student trains on, and what it should say there. Without any such view, the weak views once more.
+        # What the student trains on, and what it should predict there. Without any such view, the weak views once more.
         train_on = [] if mixed is None else [mixed]
         if strong is not None:
             train_on.append(Mixed(strong, pseudo))
@@ -119,11 +120,10 @@ class IMAS(StudentTeacher):
         # Step 7: one pass. The weak views contribute no loss; they are there for BatchNorm's statistics.
         batch = [labeled.image, unlabeled.weak, *(view.image for view in train_on)]
         coarse, coarse_aux = self.student.coarse(torch.cat(batch))
-        of_labeled, _, *of_views = coarse.split([len(images) for images in batch])
+        _, _, *of_views = coarse.split([len(images) for images in batch])
 
         # Step 8: the supervised loss.
-        aux_of_labeled = None if coarse_aux is None else coarse_aux[: len(labeled.image)]
-        loss_lb = self.supervised(of_labeled, aux_of_labeled, labeled.label)
+        loss_lb = self.supervised_first(coarse, coarse_aux, labeled.label)
 
         # Step 9: the consistency loss, weighted by the score of the base image.
         weight = hardness.score if self.options.hardness is not None and self.options.hardness.weight_loss else None
@@ -132,7 +132,6 @@ class IMAS(StudentTeacher):
         ]
         loss_ub = self.options.loss_weight * sum(losses) / len(losses)
 
-        confident, predicted = class_shares(pseudo, self.options.threshold, self.student.num_classes)
         scalars = {
             "loss_lb": loss_lb.detach(),
             "loss_ub": loss_ub.detach(),
@@ -141,9 +140,7 @@ class IMAS(StudentTeacher):
             "score": hardness.score.mean(),
             "score_std": hardness.score.std(correction=0),
             "agreement": (student.label == teacher.label).float().mean(),
-            "confident": confident,
-            "predicted": predicted,
-            "labeled": label_shares(labeled.label, self.student.num_classes),
+            **logged_shares(pseudo, self.options.threshold, labeled.label, self.student.num_classes),
         }
         return Step(loss_lb + loss_ub, scalars, hardness.score)  # step 10 is the engine's
 
@@ -173,9 +170,8 @@ class IMAS(StudentTeacher):
     def predict_weak(self, weak: Tensor) -> tuple[Prediction, Prediction]:
         """Student's and teacher's predictions of the weak views, both in eval mode (spec, steps 2 and 4)."""
         size = weak.shape[-2:]
-        self.student.eval()
-        student = predict(self.student.coarse(weak, aux=False)[0], size)
-        self.student.train()
+        with evaluating(self.student):
+            student = predict(self.student.coarse(weak, aux=False)[0], size)
         teacher = predict(self.teacher.coarse(weak, aux=False)[0], size)
         torch.clear_autocast_cache()  # torch 2.6 would train on weights that were cast here, without a gradient
         return student, teacher
@@ -216,9 +212,8 @@ class IMAS(StudentTeacher):
             partner = torch.randperm(batch, generator=generator).to(weak.device, non_blocking=True)
         else:
             partner = mixing.cutmix_partners(score)
-        label = mixing.paste(pseudo.label, partner, mask)
-        confidence = mixing.paste(pseudo.confidence, partner, mask)
-        return Mixed(mixing.paste(weak, partner, mask), Prediction(label, confidence))
+        image, *of_pseudo = (mixing.paste(each, partner, mask) for each in (weak, *pseudo))
+        return Mixed(image, Prediction(*of_pseudo))
 
     def consistency(self, coarse: Tensor, pseudo: Prediction, weight: Tensor | None) -> Tensor:
         """Consistency loss of (B, C, h, w) logits before the last resize (spec, step 9)."""
@@ -233,9 +228,7 @@ class IMAS(StudentTeacher):
             columns["strong view"] = strong
         if mixed is not None:
             columns["CutMix view"] = mixed.image
-        columns["pseudo label (grey: unsure)"] = pseudo.label.masked_fill(
-            pseudo.confidence < self.options.threshold, 255
-        )
+        columns["pseudo label (grey: unsure)"] = pseudo.sure(self.options.threshold)
         columns["student"] = student.label
         columns["agreement (red: they differ)"] = student.label != teacher.label
         columns["score"] = hardness.score

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,9 +19,10 @@ from .. import distributed
 from ..models.deeplabv3plus import DeepLabV3Plus
 from ..models.ema import update_teacher
 from ..models.mean import MeanOfLogits
+from ..models.modes import evaluating
 from ..ops import mixing
 from ..ops.losses import pixel_cross_entropy
-from ..ops.pseudo import Prediction, class_shares, label_shares, predict
+from ..ops.pseudo import Prediction, logged_shares, predict
 from ..ops.resize import resize
 from ..schema import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Config, Scheduler, SchedulerKwargs, Wants
 from ..strict import option
@@ -115,14 +115,11 @@ class PSMT(Method):
         loss_lb = self.supervised(of_labeled, aux_of_labeled, labeled.label)
         loss_ub = self.loss_weight(progress) * weighted_consistency(of_mixed, mixed, self.options.threshold)
 
-        confident, predicted = class_shares(pseudo, self.options.threshold, self.student.num_classes)
         scalars = {
             "loss_lb": loss_lb.detach(),
             "loss_ub": loss_ub.detach(),
             "pseudo": (mixed.confidence >= self.options.threshold).float().mean(),
-            "confident": confident,
-            "predicted": predicted,
-            "labeled": label_shares(labeled.label, self.student.num_classes),
+            **logged_shares(pseudo, self.options.threshold, labeled.label, self.student.num_classes),
         }
         return Step(loss_lb + loss_ub, scalars)  # step 10 is the engine's
 
@@ -132,8 +129,8 @@ class PSMT(Method):
 
     @torch.no_grad()
     def pseudo_label(self, weak: Tensor, progress: Progress) -> Prediction:
-        """What both teachers say of the weak view, in the mode that they are in: in training their running statistics
-        move with it. Logits are at full size for one image at a time.
+        """The teachers' joint label of the weak view, in the mode that they are in: in training their running
+        statistics move with it. Logits are at full size for one image at a time.
         """
         active, other = (teacher.coarse(weak, aux=False)[0] for teacher in self.teachers(progress))
         size, predictions = weak.shape[-2:], []
@@ -177,9 +174,10 @@ class PSMT(Method):
         aux_logits = self.student.auxiliary(x3) if aux else None
         if not self.options.vat.enabled:
             return self.student.classify(fused), aux_logits
-        # In float32 whatever autocast says, the student's classifier, too: an entry of the noise is about a thousandth
+        # In float32 also under autocast, the student's classifier, too: an entry of the noise is about a thousandth
         # of one of the features, and bfloat16 would keep half of it.
-        with torch.autocast(images.device.type, enabled=False), _classifiers_in_eval(self.teacher1, self.teacher2):
+        classifiers = self.teacher1.decoder.classifier, self.teacher2.decoder.classifier
+        with torch.autocast(images.device.type, enabled=False), evaluating(*classifiers):
             features = fused.float()
             decoders = [
                 lambda each, teacher=teacher: resize(teacher.classify(each), size)
@@ -221,23 +219,19 @@ class PSMT(Method):
         pseudo, size = self.pseudo_label(unlabeled.weak, progress), unlabeled.weak.shape[-2:]
         torch.rand(1, generator=progress.generator)  # or the default seed would give four images themselves as partners
         image, mixed = self.cutmix(unlabeled.strong[0], pseudo, progress.generator)
-        said = {
+        labels = {
             name: predict(network.coarse(unlabeled.weak, aux=False)[0], size).label
             for name, network in self.networks().items()
         }
         return {
             "weak view": unlabeled.weak,
             "strong view": unlabeled.strong[0],
-            "pseudo label (grey: unsure)": self.sure(pseudo),
+            "pseudo label (grey: unsure)": pseudo.sure(self.options.threshold),
             "CutMix view": image,
-            "its label": self.sure(mixed),
-            **said,
-            "teachers (red: they differ)": said["teacher1"] != said["teacher2"],
+            "its label": mixed.sure(self.options.threshold),
+            **labels,
+            "teachers (red: they differ)": labels["teacher1"] != labels["teacher2"],
         }
-
-    def sure(self, pseudo: Prediction) -> Tensor:
-        """Labels of the pixels that take part in the loss, elsewhere 255."""
-        return pseudo.label.masked_fill(pseudo.confidence < self.options.threshold, 255)
 
 
 class WarmUp(PSMT):
@@ -325,7 +319,7 @@ def ramp_up(weight: float, iteration: int, length: int) -> float:
 def adversarial_noise(
     features: Tensor, decoders: Sequence[Callable[[Tensor], Tensor]], start: Tensor, xi: float, epsilon: float
 ) -> Tensor:
-    """The noise of norm ε that changes most what the mean logits of the decoders say (T-VAT, one power iteration).
+    """The noise of norm ε that changes the mean logits of the decoders most (T-VAT, one power iteration).
 
     The release has ξ = 1e-6, at which the gradient is below the 1e-8 that its norm is divided by, and below float32's
     rounding: its noise is next to none. ξ = 0.1 gives the direction that is meant to four digits (docs/methods.md).
@@ -357,18 +351,6 @@ def adversarial_noise(
 def _normalised(noise: Tensor) -> Tensor:
     """Each image's noise divided by its norm."""
     return noise / (noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 1e-8)
-
-
-@contextmanager
-def _classifiers_in_eval(*networks: DeepLabV3Plus) -> Iterator[None]:
-    """The networks' classifiers by their running statistics, which stay as they are."""
-    classifiers = [network.decoder.classifier for network in networks]
-    modes = [classifier.training for classifier in classifiers]
-    for classifier in classifiers:
-        classifier.eval()
-    yield
-    for classifier, mode in zip(classifiers, modes):
-        classifier.train(mode)
 
 
 def three_boxes(

@@ -16,7 +16,7 @@ from ..models.deeplabv3plus import DeepLabV3Plus
 from ..models.ema import update_teacher
 from ..ops import contrast, mixing
 from ..ops.losses import pixel_cross_entropy
-from ..ops.pseudo import Prediction, class_shares, label_shares, predict
+from ..ops.pseudo import Prediction, logged_shares, predict
 from ..schema import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Config, Wants
 from ..strict import option
 from .base import Labeled, NewNetwork, Progress, Step, StudentTeacher, Supervised, Unlabeled
@@ -122,8 +122,7 @@ class U2PL(StudentTeacher):
         pixels = _pixels(self.student, images)
 
         # Step 5: the supervised loss.
-        coarse_aux = None if pixels.coarse_aux is None else pixels.coarse_aux[:number]
-        loss_lb = self.supervised(pixels.coarse[:number], coarse_aux, labeled.label)
+        loss_lb = self.supervised_first(pixels.coarse, pixels.coarse_aux, labeled.label)
 
         # Step 6: the unsupervised loss, of the pixels that are kept, times N/V.
         sure = self.divide(contrast.pixel_entropy(taught.coarse[number:], label.shape[-2:]), progress)
@@ -139,15 +138,12 @@ class U2PL(StudentTeacher):
             )
 
         pseudo = Prediction(label, sure.kept.float())
-        confident, predicted = class_shares(pseudo, 0.5, self.student.num_classes)
         scalars = {
             "loss_lb": loss_lb.detach(),
             "loss_ub": loss_ub.detach(),
             "loss_contrastive": loss_contrastive.detach(),
             "pseudo": kept / label.numel(),
-            "confident": confident,
-            "predicted": predicted,
-            "labeled": label_shares(labeled.label, self.student.num_classes),
+            **logged_shares(pseudo, 0.5, labeled.label, self.student.num_classes),
         }
         return Step(loss_lb + loss_ub + loss_contrastive, scalars)  # step 8 is the engine's
 
@@ -166,7 +162,7 @@ class U2PL(StudentTeacher):
         return pixels
 
     def mix(self, image: Tensor, label: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images and pseudo labels in which a box is the next image's; as they are where the coin says so (step 4)."""
+        """Images and pseudo labels in which a box is the next image's; for half of the batches as they are (step 4)."""
         boxes = self.boxes(len(image), *label.shape[-2:], generator)
         if boxes is None:
             return image, label
@@ -233,22 +229,22 @@ class U2PL(StudentTeacher):
         anchors, positives, negatives = counts[distributed.rank() if world > 1 else 0]
         self._push(teacher, roles.negatives, [each[2] for each in counts], negatives, generator)
 
-        valid = [number for number, count in enumerate(positives) if count]
-        used = [number for number in valid if anchors[number] and len(self.banks[number])] if len(valid) > 1 else []
-        if not used:
+        valid = [class_id for class_id, count in enumerate(positives) if count]
+        used = [class_id for class_id in valid if anchors[class_id] and len(self.banks[class_id])]
+        if len(valid) < 2 or not used:
             return 0 * student.sum()
         before = [0, *accumulate(anchors)]
         drawn, keys = [], []
-        for number in used:
-            drawn.append(self.draw(anchors[number], (options.num_queries,), generator) + before[number])
+        for class_id in used:
+            drawn.append(self.draw(anchors[class_id], (options.num_queries,), generator) + before[class_id])
             shape = (options.num_queries, options.num_negatives)
-            keys.append(self.draw(len(self.banks[number]), shape, generator))
+            keys.append(self.draw(len(self.banks[class_id]), shape, generator))
         queries = student[contrast.places(roles.anchors, torch.cat(drawn))].split(options.num_queries)
-        masks = torch.stack([roles.positives[number] for number in used]).float()
+        masks = torch.stack([roles.positives[class_id] for class_id in used]).float()
         centres = masks @ teacher / masks.sum(1, keepdim=True)
         losses = [
-            contrast.info_nce(query, centre, self.banks[number][key], options.temperature)
-            for query, centre, number, key in zip(queries, centres, used, keys, strict=True)
+            contrast.info_nce(query, centre, self.banks[class_id][key], options.temperature)
+            for query, centre, class_id, key in zip(queries, centres, used, keys, strict=True)
         ]
         return sum(losses) / len(valid)
 
@@ -271,9 +267,9 @@ class U2PL(StudentTeacher):
         parts = distributed.concat(keys, totals).split(lengths)
         if not self.banks:
             self.banks = [keys.new_empty(0, keys.shape[1])] * classes
-        for number in range(classes):
-            capacity = options.capacity if number else options.first_capacity
-            self.banks[number] = contrast.push(self.banks[number], torch.cat(parts[number::classes]), capacity)
+        for class_id in range(classes):
+            capacity = options.capacity if class_id else options.first_capacity
+            self.banks[class_id] = contrast.push(self.banks[class_id], torch.cat(parts[class_id::classes]), capacity)
 
     def draw(self, count: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Numbers below the count, with replacement, on the generator's device."""

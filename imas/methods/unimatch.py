@@ -57,7 +57,7 @@ class UniMatch(FixMatch):
 
         # Steps 5 to 9.
         own = own or self.target(coarse[size:], unlabeled)
-        loss_lb = self.supervised(coarse[:size], None if aux is None else aux[:size], labeled.label)
+        loss_lb = self.supervised_first(coarse, aux, labeled.label)
         losses = [
             self.consistency(logits, mixed(own, theirs, box))
             for logits, box in zip(of_strong.chunk(2), boxes, strict=True)

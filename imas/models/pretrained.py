@@ -1,4 +1,4 @@
-"""ImageNet weight files for the encoder: three kinds exist in the wild, told apart by their keys."""
+"""ImageNet weight files for the encoder: three kinds, which differ in their keys."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ _FOREIGN = {
 def load_encoder(encoder: ResNet, source: str | Path) -> None:
     """Load ImageNet weights of any known kind, and log how many tensors matched and which did not.
 
-    The kinds (spec, ImageNet files) are told apart by their names: the authors' own files; the MIT CSAIL files, the
-    same network with another spelling of the stem; torchvision's, for an encoder with ``deep_stem=False``. ``fc.*`` is
-    left out.
+    The kinds (spec, ImageNet files) differ in the names of their tensors: the authors' own files; the MIT CSAIL files,
+    the same network with another spelling of the stem; torchvision's, for an encoder with ``deep_stem=False``. ``fc.*``
+    is left out.
 
     Args:
         source: a weight file, or ``torchvision``, which fetches its own weights (to torch's cache, once).

@@ -20,11 +20,11 @@ from .resize import resize, rows_of
 def pixel_entropy(logits: Tensor, size: Sequence[int]) -> Tensor:
     """−Σ p·ln(p + 1e-10) of each pixel's softmax at full size: (B, C, h, w) → (B, \\*size) float32."""
     entropy = torch.empty((len(logits), *size), device=logits.device)
-    for number in range(len(logits)):
-        full = resize(logits[number : number + 1].float(), size)[0]
+    for i in range(len(logits)):
+        full = resize(logits[i : i + 1].float(), size)[0]
         for rows in rows_of(full):
             p = full[:, rows].softmax(dim=0)
-            entropy[number, rows] = -(p * (p + 1e-10).log()).sum(dim=0)
+            entropy[i, rows] = -(p * (p + 1e-10).log()).sum(dim=0)
     return entropy
 
 

@@ -123,7 +123,7 @@ def centred_boxes(height: int, width: int, side: float, rows: Tensor, columns: T
 
 
 def area_box(height: int, width: int, draw: Callable[[], float]) -> tuple[int, int, int, int]:
-    """A box (top, left, height, width) that lies in the image (FixMatch, UniMatch).
+    """A box (top, left, height, width) inside the image (FixMatch, UniMatch).
 
     Its area is uniform in [0.02, 0.4] of the image's. Ratio and place are drawn anew until the box fits, so that none
     is clipped.
@@ -169,7 +169,7 @@ def share_boxes(
     """Boxes of a share of the image's area, in any shape and place (CPS, PS-MT on Cityscapes).
 
     With a share q and an exponent e a box is √(1/3)·q^e of the image high and √(1/3)·q^(1 − e) wide, rounded to whole
-    pixels. It always lies in the image.
+    pixels. It is always inside the image.
 
     Args:
         share: (B, K) float64 of K boxes in each image, in (0, 1].

@@ -1,4 +1,4 @@
-"""From logits to what a network says and how sure it is."""
+"""From logits to the class that a network predicts, and how sure it is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from .resize import resize, rows_of
 
 
 class Prediction(NamedTuple):
-    """What a network says of every pixel, and how sure it is."""
+    """The class that a network predicts at every pixel, and how sure it is."""
 
     label: Tensor  # (B, H, W) int64, class of the largest logit
     confidence: Tensor  # (B, H, W) float32 in (0, 1], its softmax probability
+
+    def sure(self, threshold: float) -> Tensor:
+        """The labels, 255 where the confidence is below the threshold."""
+        return self.label.masked_fill(self.confidence < threshold, 255)
 
 
 @torch.no_grad()
@@ -79,17 +83,20 @@ def _blocks(logits: Tensor, size: Sequence[int]) -> Iterator[tuple[int, slice, T
             yield i, rows, full[:, rows]
 
 
-def class_shares(prediction: Prediction, threshold: float, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Which classes the pseudo labels are of, and which take part in the loss.
+def logged_shares(pseudo: Prediction, threshold: float, label: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """Shares of all pixels of a batch by class, for the log, each (C,) float32.
+
+    Args:
+        label: (B, H, W) of the labeled images: see ``label_shares``.
 
     Returns:
-        Shares of all pixels of the batch, each (C,) float32: with this label and ``confidence >= threshold``; with this
-        label. The latter sum to 1.
+        ``confident``: pseudo labels with ``confidence >= threshold``; ``predicted``: all of them, which sum to 1;
+        ``labeled``: labels.
     """
-    confident = prediction.confidence >= threshold
-    counts = count(torch.add(confident, prediction.label, alpha=2), 2 * num_classes).sum(0)
+    confident = pseudo.confidence >= threshold
+    counts = count(torch.add(confident, pseudo.label, alpha=2), 2 * num_classes).sum(0)
     shares = counts.float().view(num_classes, 2) / confident.numel()
-    return shares[:, 1], shares.sum(1)
+    return {"confident": shares[:, 1], "predicted": shares.sum(1), "labeled": label_shares(label, num_classes)}
 
 
 def label_shares(label: Tensor, num_classes: int) -> Tensor:
