@@ -28,7 +28,13 @@ from imas.engine.run import to_device
 from imas.methods.base import Progress
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = ("trainer.epochs=90", "trainer.eval_every=90", "saver.use_tb=false", "saver.auto_resume=true")
+SETTINGS = (
+    "trainer.epochs=90",
+    "imas.sup_only_epoch=50",
+    "trainer.eval_every=90",
+    "saver.use_tb=false",
+    "saver.auto_resume=true",
+)
 
 
 def train(folder: Path, settings: tuple[str, ...] = SETTINGS) -> Path:

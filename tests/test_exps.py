@@ -103,6 +103,7 @@ def _small_tree(root: Path, config: Config) -> list[str]:
     names = {
         "pascal": [f"2007_{number:06d}" for number in range(4)],
         "cityscapes": [f"leftImg8bit/train/ulm/ulm_00000{number}_000019_leftImg8bit.png" for number in range(4)],
+        "camvid": [f"train/0001TP_00669{number}.png" for number in range(4)],
     }[config.dataset.type]
     for number, name in enumerate(names):
         files = {
@@ -111,11 +112,12 @@ def _small_tree(root: Path, config: Config) -> list[str]:
                 name,
                 name.replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit", "_gtFine_labelTrainIds"),
             ),
+            "camvid": (name, name.replace("train/", "trainannot/")),
         }[config.dataset.type]
         noise = np.random.default_rng(number)
         for file, shape in zip(files, ((70, 90, 3), (70, 90)) if number < 2 else ((70, 90, 3),)):
             (root / file).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(noise.integers(0, 19, shape).astype(np.uint8)).save(root / file)
+            Image.fromarray(noise.integers(0, 11, shape).astype(np.uint8)).save(root / file)
     (root / "labeled.txt").write_text("\n".join(names[:2]))
     (root / "unlabeled.txt").write_text("\n".join(names[2:]))
     settings = {"data_root": root, "data_list": root / "labeled.txt", "batch_size": 2, "crop.size": 65}

@@ -199,7 +199,7 @@ def test_another_seed_or_network_does_not_mix_in(recipe: Experiment) -> None:
         train_semi.main(["--config", str(path), "--seed", "1"])
     for mark in (path.parent / "checkpoints").glob("ckpt*.pth"):  # as if the last stage had not begun
         mark.unlink()
-    with pytest.raises(UserError, match="was trained with the seed 0, this run has 1"):
+    with pytest.raises(UserError, match="that run had the seed 0, this one has 1"):
         train_semi.main(["--config", str(path), "--seed", "1"])
     manifest = path.parent / "checkpoints" / "2-labels" / "labels" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"count": 16', '"count": 15'))

@@ -103,6 +103,8 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 def _check_unchanged(plan: Plan) -> None:
     if not (plan.folder / "log").is_dir():
         return
+    if not (plan.folder / "config.yaml").is_file():
+        raise UserError(f"{plan.folder}: a run of another command, without config.yaml. Name another --out")
     lines = provenance.changes(read_recipe(plan.folder), plan.recipe)
     lines = list(filter(provenance.steers, lines))
     run = None if lines else read_run(plan.folder, plan.arm, plan.seed)

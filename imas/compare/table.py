@@ -131,7 +131,7 @@ def analyse(runs: Sequence[Run], arms: Sequence[str], seeds: Sequence[int], base
             entries[one]["order"] = entries[other]["order"] = True
             texts = (" / ".join(f"{value:.2f}" for value in pair) for pair in pairs)
             notes.append("† last and best order {} / {} differently: last {}, best {}".format(one, other, *texts))
-    header = {key: spread({(run.arm, run.seed): run.facts[key] for run in runs}) for key in (runs[0].facts)}
+    header = {key: spread({(run.arm, run.seed): run.facts[key] for run in runs}) for key in runs[0].facts}
     return {"header": header, "seeds": [*seeds], "baseline": baseline, "arms": entries, "notes": notes}
 
 
@@ -150,8 +150,7 @@ def _notes(selected: dict[str, dict], seeds: Sequence[int], baseline: str | None
 
 def _figure(values: dict[int, float | None]) -> dict[str, Any]:
     there = [value for value in values.values() if value is not None]
-    deviation = statistics.stdev(there) if len(there) > 1 else None
-    return {"mean": statistics.mean(there) if there else None, "sd": deviation, "seeds": values}
+    return {"mean": _mean(there), "sd": statistics.stdev(there) if len(there) > 1 else None, "seeds": values}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -186,9 +185,9 @@ def sections(result: dict[str, Any]) -> list[Section]:
             rows.append([name, network, *cells, *(more if baseline else ())])
             name = ""
     found = [Section("mIoU in percent, mean ± standard deviation over seeds", head, rows)]
-    costs = [key for key in COSTS if any(entry["cost"][key] is not None for entry in arms.values())]
-    rows = [[arm, *(_cost(entry["cost"][key], key) for key in costs)] for arm, entry in arms.items()]
-    found.append(Section("What it costs, means over seeds", ["method", *(COSTS[key][0] for key in costs)], rows))
+    rows = [[arm, *(_cost(entry["cost"][key], key) for key in COSTS)] for arm, entry in arms.items()]
+    titles = [title for title, _ in COSTS.values()]
+    found.append(Section("What it costs, means over seeds", ["method", *titles], rows))
     classes = dict.fromkeys(name for entry in arms.values() for name in entry["iou"])
     rows = [[name, *(summary(entry["iou"].get(name)) for entry in arms.values())] for name in classes]
     title = "IoU of each class after the last epoch, in percent, mean ± standard deviation over seeds"

@@ -7,7 +7,7 @@ import filecmp
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -251,10 +251,7 @@ def _of_lists(config: Config, lists: Lists) -> list[Finding]:
         text = f"{len(common)} images are both {one} and {two}"
         text += ": the evaluation sees training images:" if two == "val" else ":"
         findings.append(Finding(two == "val" or config.wants.pseudo_label, text, common))
-    for list_name in ("labeled", "unlabeled"):
-        if copies := _copies(config, lists, list_name):
-            text = f"{len(copies)} {list_name} images are val images under another name, the same bytes:"
-            findings.append(Finding(True, text, copies))
+    findings += _copies(config, lists)
     findings += [Finding(False, f"{len(files)} {text}:", files) for text, files in lists.remarks.items()]
     if config.dataset.n_sup not in (None, len(lists.labeled)):
         text = f"dataset.n_sup is {config.dataset.n_sup}, but the labeled list has {len(lists.labeled)} lines"
@@ -262,19 +259,24 @@ def _of_lists(config: Config, lists: Lists) -> list[Finding]:
     return findings
 
 
-def _copies(config: Config, lists: Lists, list_name: str) -> tuple[str, ...]:
-    """Images of a training list whose files are copies of those of validation images."""
+def _copies(config: Config, lists: Lists) -> Iterator[Finding]:
+    """Images of the training lists whose files are copies of those of validation images."""
+
+    def fingerprints(list_name: str) -> dict[Path, tuple[int, bytes] | None]:
+        source = source_of(config, list_name)
+        paths = [source.paths(name)[0] for name in lists.by_name()[list_name]]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return dict(zip(paths, pool.map(_fingerprint, paths)))
+
     if catalog_of(config.dataset).files is None:
-        return ()
-    paths, keys = {}, {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for name in ("val", list_name):
-            source = source_of(config, name)
-            paths[name] = [source.paths(image)[0] for image in lists.by_name()[name]]
-            keys[name] = list(pool.map(_fingerprint, paths[name]))
-    known = dict(zip(keys["val"], paths["val"]))
-    pairs = [(path, known.get(key, path)) for path, key in zip(paths[list_name], keys[list_name]) if key is not None]
-    return tuple(f"{a} = {b.name}" for a, b in pairs if a != b and filecmp.cmp(a, b, shallow=False))
+        return
+    known = {key: path for path, key in fingerprints("val").items()}
+    for list_name in ("labeled", "unlabeled"):
+        pairs = [(path, known.get(key, path)) for path, key in fingerprints(list_name).items() if key is not None]
+        copies = tuple(f"{a} = {b.name}" for a, b in pairs if a != b and filecmp.cmp(a, b, shallow=False))
+        if copies:
+            text = f"{len(copies)} {list_name} images are val images under another name, the same bytes:"
+            yield Finding(True, text, copies)
 
 
 def _fingerprint(path: Path) -> tuple[int, bytes] | None:

@@ -32,7 +32,7 @@ def start_logging(folder: Path | None = None) -> None:
 
 
 def set_aside(root: Path, stage: str) -> None:
-    """Move what an earlier run has left in a log folder, so that a new run overwrites nothing: ``log/STAGE`` to
+    """Move what an earlier run has left, so that a new run overwrites nothing: ``log/STAGE`` and TensorBoard's files to
     ``log_before_1/STAGE``, or the next free number. ``train.log`` and ``run.yaml``, which are only added to, stay.
 
     Args:
@@ -44,9 +44,10 @@ def set_aside(root: Path, stage: str) -> None:
     numbered = (root / f"log_before_{number}" / stage for number in itertools.count(1))
     aside = next(path for path in numbered if not (path / "metrics.csv").exists())
     aside.mkdir(parents=True, exist_ok=True)
-    for pattern in ("*.csv", "*.png", "*.json", "*.html", "config.yaml", "tensorboard"):
-        for path in folder.glob(pattern):
-            path.rename(aside / path.name)
+    patterns = ("*.csv", "*.png", "*.json", "*.html", "config.yaml")
+    boards = (root / stage).glob("events.out.tfevents.*")
+    for path in [*itertools.chain(*map(folder.glob, patterns)), *boards]:
+        path.rename(aside / path.name)
     log.warning("%s: an earlier run has left its logs here; they are in %s now", folder, aside)
 
 
