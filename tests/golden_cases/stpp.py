@@ -151,11 +151,12 @@ def run_training(case: dict) -> None:
         np.testing.assert_allclose(found, rates, rtol=1e-12)
     assert checkpoint_epochs(case["epochs"]) == case["checkpoints_after_epoch"]
 
-    run, best = SimpleNamespace(best=None, meter=SimpleNamespace(class_names=("nothing", "something"))), None
+    meter, run_log = SimpleNamespace(class_names=("nothing", "something")), SimpleNamespace(scalars=lambda *_: None)
+    run, best = SimpleNamespace(best=None, meter=meter, epoch=0, data=range(length)), None
     for epoch, right in enumerate(case["pixels_right_of_100_by_epoch"]):
         matrix = ConfusionMatrix(2)
         matrix.update((torch.arange(100) >= right).long(), torch.zeros(100, dtype=torch.int64))
-        if _note_results(run, {"student": matrix}, epoch)[1]:
+        if _note_results(run, run_log, {"student": matrix}, epoch)[1]:
             best = epoch + 1
     assert best == case["best_after_epoch"]
 
