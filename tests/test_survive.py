@@ -139,7 +139,7 @@ def test_three_kills_on_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             time.sleep(0.01)
         return process
 
-    settings = survive.TINY | {"trainer.epochs": 6, "dataset.train.epoch_size": 160, "saver.save_every": 0.002}
+    settings = survive.TINY | {"trainer.epochs": 5, "dataset.train.epoch_size": 120, "saver.save_every": 0.005}
     settings |= {"net.encoder.kwargs.width": 4, "net.decoder.kwargs.inner_planes": 8}
     monkeypatch.setattr(survive, "launch", launch)
     survive.finish(launch(tmp_path / "straight", 1, settings), tmp_path / "straight")
