@@ -16,10 +16,10 @@ from .config import carried_config
 from .data.normalise import Normalise
 from .data.source import as_rgb, upright
 from .engine import checkpoint
-from .engine.evaluate import evaluating
 from .engine.precision import prepare_network
 from .engine.sliding import Predictor, Protocol
 from .errors import UserError
+from .models.modes import evaluating
 from .schema import Config
 
 
@@ -98,7 +98,7 @@ def predict(network: nn.Module, image: np.ndarray | Tensor | Image.Image, recipe
     normalise = Normalise(recipe.dataset.mean, recipe.dataset.std, device)
     predictor = Predictor(Protocol(recipe.dataset.val.crop.size), device)
     pixels = _pixels(image).unsqueeze(0).to(device)
-    with evaluating({"": network}):
+    with evaluating(network):
         return predictor(network, normalise(pixels))[0].cpu()
 
 

@@ -14,6 +14,8 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     modes = [module.training for module in modules]
     for module in modules:
         module.eval()
-    yield
-    for module, mode in zip(modules, modes):
-        module.train(mode)
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes):
+            module.train(mode)
