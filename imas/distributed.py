@@ -126,7 +126,7 @@ def process_group() -> Iterator[torch.device]:
 def _device() -> torch.device:
     """This process's GPU, by LOCAL_RANK; the CPU where there is none."""
     if not torch.cuda.is_available():
-        _refuse_unusable_cuda()
+        refuse_unusable_cuda()
         return torch.device("cpu")
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("SLURM_LOCALID") == str(local):
@@ -141,8 +141,10 @@ def _device() -> torch.device:
     return device
 
 
-def _refuse_unusable_cuda() -> None:
-    """A run that was given GPUs does not train on the CPU instead, which would take months."""
+def refuse_unusable_cuda() -> None:
+    """Raise ``UserError`` where there is a GPU that torch cannot use: a run that was given GPUs does not train on the
+    CPU instead, which would take months.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     given = [name for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE") if os.environ.get(name)]
     if torch.version.cuda is None or visible in ("", "-1"):

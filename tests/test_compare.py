@@ -260,6 +260,19 @@ def test_a_folder_that_is_not_ours_is_left_alone(experiment: Callable[..., Path]
         main(["--configs", str(experiment()), "--seeds", "1", "--out", str(tmp_path / "out")])
 
 
+def test_an_unfinished_run_goes_on_with_its_own_lists_alone(tmp_path: Path) -> None:
+    _store(tmp_path, "one", 1, {"miou_stu": [1.0, 2.0, 3.0]}, SUP)
+    folder = tmp_path / "one/seed_1"
+    (folder / "ended.csv").unlink()
+    lists = {"labeled list": f"4 images, sha256 {'a' * 12}", "unlabeled list": "none"}
+    lists["val list"] = f"5 images, sha256 {'c' * 12}"
+    plan = Plan("one", 1, folder, compare_runs.read_recipe(folder), {}, lists)
+    compare_runs._check_unchanged(plan)
+    for name, before in lists.items():
+        with pytest.raises(UserError, match=f"{name}: another, and {before} before"):
+            compare_runs._check_unchanged(plan._replace(lists=lists | {name: "another"}))
+
+
 def test_each_run_gets_its_gpus(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -272,8 +285,12 @@ def test_each_run_gets_its_gpus(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5,6,7")
     assert slots("--jobs", "2") == ["3", "4"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with monkeypatch.context() as broken, pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=3,4.*cannot use it"):
+        broken.setattr(torch.version, "cuda", "12.8")
+        slots()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert slots("--jobs", "2") == ["", ""] and len(slots()) == len(os.sched_getaffinity(0))
-    plan = Plan("a", 7, tmp_path, {}, {})
+    plan = Plan("a", 7, tmp_path, {}, {}, {})
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert command(plan, 2)[:4] == launcher and command(plan, 2)[4:] == command(plan, 1)
     assert command(plan, 1)[0] == str(ROOT / "train_semi.py")

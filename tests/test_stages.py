@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import textwrap
 import time
@@ -82,5 +83,9 @@ def test_killed_in_the_second_stage_it_goes_on_there(
 
     again = run(script, "--config", config, "--out", killed, "--resume", "auto")
     assert again.returncode == 0 and "stage second is done" in again.stdout
+    by_hand = ("--resume", str(first / "ckpt.pth"), "--set", "imas.threshold=0.5")
+    told = run(script, "--config", config, "--out", killed, *by_hand)
+    assert told.returncode == 0, told.stderr
+    assert re.search(r"changed since stage first, which stays as it is:\n  imas.threshold: 0.5, and", told.stdout)
     refused = run(script, "--config", config, "--out", killed, "--resume", "never")
     assert refused.returncode == 2 and "an earlier run has left its checkpoint here" in refused.stderr

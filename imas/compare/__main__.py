@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..distributed import refuse_unusable_cuda
 from ..engine import lock
 from ..errors import UserError, run_script
 from ..methods import METHODS
@@ -118,6 +119,7 @@ def _slots(options: argparse.Namespace) -> list[str]:
     if count < (gpus or 0):
         raise UserError(f"--gpus-per-run {gpus}: there are {count} GPUs here. Without it a run takes one, or the CPU")
     if not count:
+        refuse_unusable_cuda()  # the runs would not: they are told to use the CPU
         return [""] * (jobs or len(os.sched_getaffinity(0)))
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",")[:count] if given else [str(i) for i in range(count)]

@@ -82,4 +82,4 @@ def _curves(arms: Sequence[str], runs: Sequence[Run]) -> str:
         if whole:
             lines.append(Line(whole, means, f"c{i % 6}", i // 6, arm, False, band))
     title = "mIoU in percent of the selecting network: mean over seeds, and one standard deviation to each side"
-    return chart(title, lines, "iteration")
+    return chart(title, lines, "iteration") if lines else ""

@@ -43,6 +43,7 @@ class Plan(NamedTuple):
     folder: Path
     recipe: dict[str, Any]  # ``Config.to_dict``
     identity: dict[str, Any]  # see ``Run``
+    lists: dict[str, str]  # number of images and digest of each
 
 
 class Unfinished(UserError):
@@ -76,8 +77,8 @@ def make_plans(
             continue
         named = lists.by_name().items()
         described = {name: {"images": len(names), "sha256": digest(names)} for name, names in named if names}
-        recipe = config.to_dict()
-        plans.append(Plan(arm, seed, run_folder(out, arm, seed), recipe, _identity(recipe, described)))
+        recipe, folder = config.to_dict(), run_folder(out, arm, seed)
+        plans.append(Plan(arm, seed, folder, recipe, _identity(recipe, described), _lists(described)))
         together(_check_unchanged, plans[-1])
     together.finish()
     return plans
@@ -105,21 +106,21 @@ def _check_unchanged(plan: Plan) -> None:
         return
     if not (plan.folder / "config.yaml").is_file():
         raise UserError(f"{plan.folder}: a run of another command, without config.yaml. Name another --out")
-    lines = provenance.changes(read_recipe(plan.folder), plan.recipe)
-    lines = list(filter(provenance.steers, lines))
-    run = None if lines else read_run(plan.folder, plan.arm, plan.seed)
-    if run is not None:  # its lists may have changed
-        before = run.identity
-        lines = [f"{key}: {now}, and {before[key]} before" for key, now in plan.identity.items() if now != before[key]]
+    lines = list(filter(provenance.steers, provenance.changes(read_recipe(plan.folder), plan.recipe)))
+    for path in plan.folder.glob("log/**/run.yaml"):
+        before = _lists(yaml.safe_load(path.read_text(encoding="utf-8"))[-1]["lists"])
+        if path.parent.name != "log":  # a stage may read fewer unlabeled images
+            before["unlabeled list"] = plan.lists["unlabeled list"]
+        lines += [f"{key}: {now}, and {before[key]} before" for key, now in plan.lists.items() if now != before[key]]
     if lines:
         head = f"{plan.folder}: a run of another configuration. Name another --out, or delete that folder"
-        raise UserError("\n  ".join([head, *lines]))
+        raise UserError("\n  ".join([head, *dict.fromkeys(lines)]))
 
 
 def _identity(recipe: dict[str, Any], lists: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What runs of one seed have to share, by dotted key. ``lists``: number of images and digest by name."""
     dataset, net = recipe["dataset"], {key: value for key, value in recipe["net"].items() if key not in _ASIDE}
-    names = {f"{name} list": _shown(lists.get(name)) for name in ("labeled", "val")}
+    names = {key: text for key, text in _lists(lists).items() if key != "unlabeled list"}
     window = {"dataset.type": dataset["type"], "dataset.val.crop.size": dataset["val"]["crop"]["size"]}
     return names | window | dotted({f"dataset.{dataset['type']}": _own(dataset), "net": net})
 
@@ -129,8 +130,10 @@ def _own(dataset: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in (dataset.get(dataset["type"]) or {}).items() if key not in _LISTED}
 
 
-def _shown(entry: Mapping[str, Any] | None) -> str:
-    return "none" if entry is None else f"{entry['images']} images, sha256 {entry['sha256'][:12]}"
+def _lists(lists: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Number of images and digest of each list."""
+    texts = {name: f"{entry['images']} images, sha256 {entry['sha256'][:12]}" for name, entry in lists.items()}
+    return {f"{name} list": texts.get(name, "none") for name in ("labeled", "unlabeled", "val")}
 
 
 def _ends(folder: Path) -> list[dict[str, str]]:
@@ -172,7 +175,7 @@ def read_run(folder: Path, arm: str, seed: int) -> Run | None:
     protocol = last.evaluation["protocol"]
     facts = {
         "data": ", ".join([dataset["type"], *(f"{key} {value}" for key, value in _own(dataset).items())]),
-        **{f"{name} list": _shown(start["lists"].get(name)) for name in ("labeled", "unlabeled", "val")},
+        **_lists(start["lists"]),
         "iterations": str(cost["iterations"]),
         "network": f"{encoder['type']} of width {encoder['kwargs']['width']}, {recipe['net']['decoder']['type']}",
         "batch": f"{start['total_batch']} labeled images on {start['processes']} process(es)",

@@ -98,7 +98,7 @@ class RunLog:
         if board is not None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            self.writer = SummaryWriter(str(board), purge_step=updates + 1 if updates else None)
+            self.writer = SummaryWriter(str(board), purge_step=updates + 1)
 
     def scalars(self, values: Mapping[str, float], updates: int) -> None:
         """TensorBoard scalars by tag, after this many updates."""

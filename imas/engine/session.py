@@ -91,9 +91,11 @@ class Session:
         config = dataclasses.replace(config, stage=stage, wants=kind.wants(config.options))
         mark = config.snapshot_dir / _DONE
         found = checkpoint.find_checkpoint(config.snapshot_dir, self._resume(config))
+        by_hand = self.resume not in ("auto", "never")
         if stage and mark.is_file():
             done = self.last(config)
-            provenance.need_same(done, checkpoint.read(done), config, self.seed, by_hand=found != done)
+            if changed := provenance.need_same(done, checkpoint.read(done), config, self.seed, by_hand):
+                log.warning("%s", "\n  ".join([f"changed since stage {stage}, which stays as it is:", *changed]))
             log.info("stage %s is done: %s", stage, config.snapshot_dir)
             return config
         if stage and distributed.any_rank(self.interruption.asked(0), self.device):
@@ -115,7 +117,7 @@ class Session:
             device=self.device,
             interruption=self.interruption,
             resumed_from=found,
-            by_hand=self.resume not in ("auto", "never"),
+            by_hand=by_hand,
             momentum=None if found is not None or momentum is None else (start, momentum),
             keep=keep,
         )
