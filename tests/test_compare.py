@@ -285,9 +285,10 @@ def test_each_run_gets_its_gpus(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5,6,7")
     assert slots("--jobs", "2") == ["3", "4"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with monkeypatch.context() as broken, pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=3,4.*cannot use it"):
+    with monkeypatch.context() as broken:
         broken.setattr(torch.version, "cuda", "12.8")
-        slots()
+        with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=3,4.*cannot use it"):
+            slots()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert slots("--jobs", "2") == ["", ""] and len(slots()) == len(os.sched_getaffinity(0))
     plan = Plan("a", 7, tmp_path, {}, {}, {})

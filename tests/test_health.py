@@ -269,7 +269,7 @@ def test_time_left_counts_iterations_and_evaluations(experiment: Callable[..., P
 
 
 def test_tensorboard_hides_what_a_cut_off_run_wrote_after_its_checkpoint(tmp_path: Path) -> None:
-    for updates, value in ((0, 1.0), (20, 2.0)):
+    for updates, value in ((0, 0.0), (0, 1.0), (20, 2.0)):
         log = RunLog(tmp_path, tmp_path, updates // 10, updates=updates)
         for step in (10, 20, 30)[updates // 10 :]:
             log.scalars({"train/loss_lb": value}, step)

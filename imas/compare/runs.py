@@ -24,8 +24,8 @@ from ..engine.interrupt import Interrupted, interruptible
 from ..engine.sliding import Protocol
 from ..errors import Together, UserError
 from ..files import replacing
-from ..report.page import dotted
 from ..report.records import NETWORK_NAMES, Curve, read_records
+from ..strict import dotted
 from .table import Run
 
 _SCRIPT = Path(__file__).parents[2] / "train_semi.py"

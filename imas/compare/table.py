@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from ..report.page import dotted
 from ..report.records import Curve
+from ..strict import dotted
 
 _WHICH = ("last", "best")  # epoch
 MISSING = "×"  # in the cell of a run that is not there

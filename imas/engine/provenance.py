@@ -18,6 +18,7 @@ from ..data.lists import Lists, list_paths
 from ..data.splits import digest
 from ..errors import UserError
 from ..schema import Config
+from ..strict import dotted
 from .optim import total_batch
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pyyaml")
@@ -144,14 +145,7 @@ def identity(config: Config, seed: int) -> dict[str, str]:
     """What makes ranks one run, as text by name: seed, folder, commit, versions, and every key of the recipe."""
     texts = {"seed": seed, "run folder": config.folder.resolve(), "commit": git_commit()}
     texts |= {name: version(name) for name in PACKAGES}
-    return {name: str(text) for name, text in (texts | _dotted(config.to_dict())).items()}
-
-
-def _dotted(section: dict, prefix: str = "") -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-    for name, value in section.items():
-        keys |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return keys
+    return {name: str(text) for name, text in (texts | dotted(config.to_dict())).items()}
 
 
 def record(config: Config, description: dict) -> None:

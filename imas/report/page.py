@@ -15,6 +15,7 @@ import yaml
 
 from ..errors import UserError
 from ..files import replacing
+from ..strict import dotted
 from .markup import Line, Markup, chart, document, picture, table
 from .records import NETWORK_NAMES, Record, read_records
 
@@ -189,11 +190,3 @@ def _grid(figures: str) -> str:
 def _label(run: Record) -> Markup:
     """The run's name in its colour, if there are several runs; otherwise nothing."""
     return Markup(run.label and f'<span class="run {run.colour}">{escape(run.label)}</span>')
-
-
-def dotted(section: dict, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
