@@ -153,7 +153,7 @@ def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> No
         matrices = evaluation(method.scored())
     if distributed.is_main():
         bar.clear()
-        report(run, matrices, evaluation, run_log)
+        report(run, matrices, evaluation)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def show_progress(run: Run, evaluation: Evaluation, run_log: RunLog) -> None:
     _draw(run, evaluation, {}, show)
 
 
-def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation, run_log: RunLog) -> None:
+def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation) -> None:
     """At the end: log the table of the selecting network and all paths; write all figures and pictures."""
     config, names = run.config, evaluation.catalog.class_names
     selecting = next(iter(matrices))
