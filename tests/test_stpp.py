@@ -72,6 +72,8 @@ def _files(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if name.startswith("log_before_"):  # of a run that was killed before its first checkpoint
+            continue
         if path.name in ("metrics.csv", "reliability.csv", "manifest.json") or "labels" in path.parts[-3:-1]:
             found[name] = path.read_bytes() if path.is_file() else None
         if path.suffix == ".pth" and path.name != checkpoint.PREVIOUS:
