@@ -173,16 +173,19 @@ def spread(values: Mapping[tuple[str, int], str]) -> str:
 def sections(result: dict[str, Any]) -> list[Section]:
     """The tables of what ``analyse`` gave."""
     seeds, baseline, arms = result["seeds"], result["baseline"], result["arms"]
-    by_seed = f"by seed ({', '.join(map(str, seeds))})"
-    head = ["method", "network", "last", by_seed, "best", by_seed]
-    head += [f"{which} minus {baseline}" for which in _WHICH if baseline]
+    head = ["method", "network"]
+    for which in _WHICH:
+        head += [which, f"{which} minus {baseline}"] if baseline else [which]
+    head += [f"{which} by seed ({', '.join(map(str, seeds))})" for which in _WHICH]
     rows = []
     for arm, entry in arms.items():
         name, gains = arm + " †" * entry["order"], entry["difference"]
         for network, figures in entry["networks"].items():
-            cells = [text(figures[which]) for which in _WHICH for text in (summary, _by_seed)]
-            more = [_gain(gains.get(which)) if name and arm != baseline else "" for which in _WHICH]
-            rows.append([name, network, *cells, *(more if baseline else ())])
+            cells = []
+            for which in _WHICH:
+                gain = _gain(gains.get(which)) if name and arm != baseline else ""
+                cells += [summary(figures[which]), gain] if baseline else [summary(figures[which])]
+            rows.append([name, network, *cells, *(_by_seed(figures[which]) for which in _WHICH)])
             name = ""
     found = [Section("mIoU in percent, mean ± standard deviation over seeds", head, rows)]
     rows = [[arm, *(_cost(entry["cost"][key], key) for key in COSTS)] for arm, entry in arms.items()]
