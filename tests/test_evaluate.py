@@ -140,12 +140,12 @@ from imas.engine.evaluate import evaluate
 from imas.engine.sliding import Predictor, Protocol
 torch.set_num_threads(1)
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-sample = (torch.zeros(3, 2000, 3000, dtype=torch.uint8), torch.zeros(2000, 3000, dtype=torch.int64))
+sample = (torch.zeros(3, 4000, 6000, dtype=torch.uint8), torch.zeros(4000, 6000, dtype=torch.int64))
 sample[0][:, ::7].fill_(255), sample[1][::3].fill_(1)
 before = peak()
 matrices = evaluate(
     {"student": nn.Conv2d(3, 8, 1)}, [[sample]], lambda images: images.float().div_(255),
-    Predictor(Protocol(600), torch.device("cpu")), num_classes=8, ignore_index=255,
+    Predictor(Protocol(1200), torch.device("cpu")), num_classes=8, ignore_index=255,
 )
 print(int(matrices["student"].counts.sum()), peak() - before)
 """
@@ -159,10 +159,10 @@ def test_a_large_image_stays_within_the_bound() -> None:
     done = subprocess.run([sys.executable, "-c", _LARGE], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     count, rise = done.stdout.split()
-    assert int(count) == 6_000_000
-    window = 4 * 4 * 8 * 600**2  # logits, probabilities, and what the convolution makes of them
-    bound = 13 * 6e6 + (4 * 8 + 13) * 3000 * 600 + window
-    assert float(rise) * 2**20 < bound < (12 + 4 * 8) * 6e6  # the last: what the whole map would need, with the image
+    assert int(count) == 24_000_000
+    window = 4 * 4 * 8 * 1200**2  # logits, probabilities, and what the convolution makes of them
+    bound = 13 * 24e6 + (4 * 8 + 13) * 6000 * 1200 + window
+    assert float(rise) * 2**20 < bound < (12 + 4 * 8) * 24e6  # the last: what the whole map would need, with the image
 
 
 # eval.py
