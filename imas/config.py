@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import legacy
-from .data.catalog import DATASETS, catalog_of
+from .data.catalog import DATASETS, catalog_of, unlabeled_beside
 from .errors import ConfigError
 from .methods import DEFAULT, METHODS
 from .schema import Config, CriterionKwargs, Net
@@ -166,8 +166,7 @@ def _unlabeled_beside(config: Config) -> str | None:
     needed = config.wants.unlabeled and not in_folders
     if not needed or train.data_list is None or train.unlabeled_list is not None:
         return None
-    path = Path(train.data_list)
-    return str(path.with_name(path.name.replace("labeled.txt", "unlabeled.txt")))
+    return str(unlabeled_beside(Path(train.data_list)))
 
 
 def _check_net(net: Net, reader: Reader) -> None:

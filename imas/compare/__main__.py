@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--seeds {' '.join(map(str, options.seeds))}: expected numbers from 0 on, each once")
     if not options.report_only and not (arms and options.seeds):
         raise UserError("nothing to train: name --configs or --arm, and --seeds (or --report-only)")
-    _slots(options)
+    slots = _slots(options)
     plans = make_plans(arms, options.seeds, options.set, out)
     planned = [(plan.arm, plan.seed) for plan in plans]
     there = dict.fromkeys([*planned, *found_runs(out)])
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods |= {arm: read_recipe(run_folder(out, arm, seed)) for arm, seed in there if arm not in methods}
     baseline = _baseline(options.baseline, methods)
     identities = {(plan.arm, plan.seed): plan.identity for plan in plans}
-    identities |= {(run.arm, run.seed): run.identity for run in _runs(out, there)}
+    runs = _runs(out, there)
+    identities |= {(run.arm, run.seed): run.identity for run in runs}
     problems = misfits(identities)
     if problems and not options.mixed:
         head = f"{out}: these runs do not belong side by side. Nothing was trained; --mixed compares them nevertheless"
@@ -78,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.report_only:
         _lock = lock.hold(out)
         try:
-            train(plans, _slots(options), options.gpus_per_run or 1)
+            train(plans, slots, options.gpus_per_run or 1)
         except Unfinished as error:
             unfinished = error
-    runs = _runs(out, there)
+        runs = _runs(out, there)
     if not runs and unfinished is None:
         raise UserError(f"{out}: no finished run there")
     if runs:

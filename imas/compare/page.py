@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ..engine.log import write_rows
 from ..files import replacing
 from ..report.markup import Line, Markup, chart, document
 from ..report.markup import table as html_table
@@ -37,11 +37,8 @@ def write(out: Path, result: dict[str, Any], runs: Sequence[Run]) -> str:
     for name, text in texts.items():
         with replacing(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    with replacing(out / "table.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        rows = rows_of(result)
-        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
-        writer.writeheader()
-        writer.writerows({key: MISSING if value is None else value for key, value in row.items()} for row in rows)
+    rows = [{key: MISSING if value is None else value for key, value in row.items()} for row in rows_of(result)]
+    write_rows(out / "table.csv", dict.fromkeys(key for row in rows for key in row), rows)
     return texts["table.md"]
 
 

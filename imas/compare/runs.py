@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from ..config import load_config
 from ..data.lists import read_lists
-from ..data.splits import digest
 from ..engine import provenance
 from ..engine.interrupt import Interrupted, interruptible
 from ..engine.sliding import Protocol
@@ -75,8 +74,7 @@ def make_plans(
         if lists is None:
             wrong.add(arm)
             continue
-        named = lists.by_name().items()
-        described = {name: {"images": len(names), "sha256": digest(names)} for name, names in named if names}
+        described = provenance.list_digests(lists)
         recipe, folder = config.to_dict(), run_folder(out, arm, seed)
         plans.append(Plan(arm, seed, folder, recipe, _identity(recipe, described), _lists(described)))
         together(_check_unchanged, plans[-1])
@@ -227,9 +225,10 @@ def train(plans: Sequence[Plan], slots: Sequence[str], gpus: int) -> None:
                         line = _note_end(plan, process.returncode, time.monotonic() - began)
                         tqdm.write(line)
                         failed += [line] if process.returncode != 0 and not stopped else []
-                going = sum(_epochs(plan) - _epochs_done(plan) for plan, *_ in running.values())
-                bar.n = total - sum(map(_epochs, waiting)) - going
-                bar.refresh()
+                if not bar.disable:  # else nobody sees what is read here
+                    going = sum(_epochs(plan) - _epochs_done(plan) for plan, *_ in running.values())
+                    bar.n = total - sum(map(_epochs, waiting)) - going
+                    bar.refresh()
         finally:
             for process in running:
                 process.terminate()

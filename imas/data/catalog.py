@@ -41,6 +41,11 @@ class Catalog:
     problems: Mapping[str, str] = field(default_factory=dict)  # dotted key → what is wrong with the configuration
 
 
+def unlabeled_beside(labeled: Path) -> Path:
+    """The unlabeled list that belongs to a labeled one: ``labeled.txt`` → ``unlabeled.txt``; another name stays."""
+    return labeled.with_name(labeled.name.replace("labeled.txt", "unlabeled.txt"))
+
+
 def voc_palette(count: int) -> tuple[Colour, ...]:
     """The VOC colour map: the bits of a class number, three at a time, become the high bits of red, green, blue."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import Together, UserError
 from ..schema import Config
-from .catalog import catalog_of
+from .catalog import catalog_of, unlabeled_beside
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def list_paths(config: Config) -> dict[str, Path | None]:
     named = {"labeled": train.data_list, "unlabeled": train.unlabeled_list, "val": val.data_list}
     paths = {name: None if path is None else Path(path) for name, path in named.items()}
     if config.wants.unlabeled and paths["labeled"] is not None and paths["unlabeled"] is None:
-        beside = paths["labeled"].with_name(paths["labeled"].name.replace("labeled.txt", "unlabeled.txt"))
+        beside = unlabeled_beside(paths["labeled"])
         paths["unlabeled"] = beside if beside != paths["labeled"] and os.path.isfile(beside) else None
     return paths
 

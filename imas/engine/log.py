@@ -93,7 +93,7 @@ class RunLog:
             ("scores", ("epoch", "image", "score")),
             ("warnings", ("epoch", "warning")),
         ):
-            _write(folder / f"{name}.csv", columns, kept(name))
+            write_rows(folder / f"{name}.csv", columns, kept(name))
         self.rows = [{name: float(cell) for name, cell in row.items() if cell} for row in kept("training")]
         if board is not None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -110,7 +110,9 @@ class RunLog:
         """One row of ``training.csv``, whose columns are all names that any epoch has brought."""
         self.rows.append(dict(row))
         if self.active:
-            _write(self.folder / "training.csv", dict.fromkeys(name for row in self.rows for name in row), self.rows)
+            write_rows(
+                self.folder / "training.csv", dict.fromkeys(name for row in self.rows for name in row), self.rows
+            )
 
     def warn(self, epoch: int, warning: str) -> None:
         """A log line and a row of ``warnings.csv``."""
@@ -172,7 +174,8 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _write(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A CSV file of these columns, whole or not at all."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns), extrasaction="ignore")
         writer.writeheader()

@@ -43,12 +43,16 @@ def describe(config: Config, lists: Lists, seed: int, world: int) -> dict:
         "host": platform.node(),
         "devices": distributed.gather(device),
         "lists": {
-            name: {"path": paths[name] and str(paths[name]), "images": len(names), "sha256": digest(names)}
-            for name, names in lists.by_name().items()
-            if names
+            name: {"path": paths[name] and str(paths[name]), **entry} for name, entry in list_digests(lists).items()
         },
         "files": dict(lists.files),
     }
+
+
+def list_digests(lists: Lists) -> dict[str, dict[str, Any]]:
+    """Number of ``images`` and ``sha256`` of each list that is not empty."""
+    named = lists.by_name().items()
+    return {name: {"images": len(names), "sha256": digest(names)} for name, names in named if names}
 
 
 # Keys that steer how a run is carried out.
