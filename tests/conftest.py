@@ -21,6 +21,9 @@ import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
+# Each test process, and what it starts, computes on one thread: on two cores, two of two threads block each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and the scripts under test would inherit that
 
 TINY = {
@@ -154,8 +157,8 @@ def _as_script(words: list[str], environment: dict[str, str], folder: Path, outp
 def start(
     *words: str | Path, launcher: tuple[str, ...] = (), folder: Path = ROOT, **environment: str
 ) -> subprocess.Popen | Forked:
-    """A script of the project in a process of its own, on one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    """A script of the project in a process of its own."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
     if not launcher:
         return Forked(list(map(str, words)), environment, folder)
     command = [sys.executable, *launcher, *map(str, words)]
