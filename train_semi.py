@@ -118,8 +118,7 @@ def prepare(config: Config, resume: str, seed: int, check: bool) -> Lists | None
     if method is not None and start is not None:
         together(checkpoint.start_from, method.networks(), start)
     if method is not None:
-        averages = AVERAGES[config.trainer.optimizer.type]
-        together(checkpoint.need_space, config.snapshot_dir, method.networks(), averages, method.extra_bytes())
+        together(checkpoint.need_space, config.snapshot_dir, method, AVERAGES[config.trainer.optimizer.type])
     together.finish()
     for line in in_folder.errors:
         log.warning("a training would not begin in this folder: %s", line)

@@ -28,11 +28,11 @@ from conftest import ROOT, TINY, Forked, run, run_ranks, start
 import train_semi
 from benchmarks import survive
 from imas import distributed, load_config
+from imas.build import build_method
 from imas.data.dataset import Draw
 from imas.data.lists import read_lists
 from imas.data.loaders import TrainingData
 from imas.engine import checkpoint, fit, lock, provenance
-from imas.engine.checkpoint import Resumed
 from imas.engine.interrupt import Interrupted, Interruption, interruptible
 from imas.engine.run import resume
 from imas.errors import UserError
@@ -188,17 +188,18 @@ def test_another_number_of_processes_within_an_epoch(
 
     step = step * 2 // before  # of 20 or 10 updates
     seen = draws(before, 0)[: step * 4 * before]
-    found = Resumed(
-        1, None, step, 20 // before, 4 * before, before, {"metrics": [], "scores": [[]] * before},
-        run=provenance.describe(config, lists, 0, before),
-    )  # fmt: skip
+    description = provenance.describe(config, lists, 0, before)
+    state = {
+        "config": config.to_dict(), "run": description, "epoch": 1, "step": step, "best": None,
+        "iterations_per_epoch": 20 // before, "partial": {"metrics": [], "scores": [[]] * before},
+    }  # fmt: skip
     run = SimpleNamespace(
-        config=config, description=found.run, data=range(20 // after), seed=0, device="cpu", meter=SimpleNamespace(),
+        config=config, description=description, data=range(20 // after), seed=0, device="cpu", meter=SimpleNamespace(),
         method=None, optimizer=None,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "read_or_previous", lambda path: ({"config": config.to_dict()}, path))
-        patch.setattr(checkpoint, "resume", lambda *_: found)
+        patch.setattr(checkpoint, "read_or_previous", lambda path: (state, path))
+        patch.setattr(checkpoint, "resume", lambda *_: None)
         patch.setattr(distributed, "world_size", lambda: after)
         caplog.set_level(logging.INFO, "imas")
         logging.getLogger("imas").propagate = True
@@ -434,8 +435,9 @@ def test_space_is_looked_at_before_the_start(experiment: Experiment, monkeypatch
         free = 1000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
+    method = build_method(load_config(experiment()), pretrained=False)
     with pytest.raises(UserError, match="0.0 GB are free, but the checkpoints of this run need"):
-        checkpoint.need_space(Path("/nowhere/at/all"), {"student": torch.nn.Linear(1000, 1000)}, 1)
+        checkpoint.need_space(Path("/nowhere/at/all"), method, 1)
 
 
 def test_a_folder_in_use_is_refused_with_host_and_pid(experiment: Experiment) -> None:

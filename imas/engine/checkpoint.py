@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ from ..models.pretrained import compare_states, describe_misfits, load_safely, n
 log = logging.getLogger("imas")
 
 LAST, PREVIOUS, BEST = "ckpt.pth", "ckpt_prev.pth", "ckpt_best.pth"
-_KEPT = "ckpt_epoch{:03d}.pth"
-_FILES = 4  # that stand on the disk at once: these, and the one that is being written
+_FILES = 4  # on the disk at once: these, and the one that is being written
 _OTHER_STATES = ("optimizer_state", "scaler_state", "method_state")  # of no network
 _SHOWN = 6
 
@@ -64,19 +63,16 @@ def _linked(path: Path, name: Path) -> bool:
     return True
 
 
-def need_space(folder: Path, networks: dict[str, nn.Module], averages: int, extra: int = 0) -> None:
-    """See that the checkpoints of a run will fit on the disk.
+def need_space(folder: Path, method: Method, averages: int) -> None:
+    """Raise ``UserError`` where the checkpoints of a run will not fit on the disk.
 
     Args:
-        extra: bytes of ``Method.extra_bytes``.
         averages: running averages that the optimiser keeps of every trained parameter.
-
-    Raises:
-        UserError: they will not.
     """
-    tensors = [tensor for network in networks.values() for tensor in network.state_dict().values()]
-    trained = [weight for network in networks.values() for weight in network.parameters() if weight.requires_grad]
-    size = extra + sum(tensor.nbytes for tensor in tensors) + averages * sum(weight.nbytes for weight in trained)
+    trained = [weight for weight in method.parameters() if weight.requires_grad]
+    size = method.extra_bytes() + averages * sum(weight.nbytes for weight in trained)
+    for network in method.networks().values():
+        size += sum(tensor.nbytes for tensor in network.state_dict().values())
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     if free < _FILES * size:
@@ -104,7 +100,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def kept(epoch: int) -> str:
     """The file of networks that stay after an epoch, counted from 1."""
-    return _KEPT.format(epoch)
+    return f"ckpt_epoch{epoch:03d}.pth"
 
 
 def network_states(networks: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
@@ -195,47 +191,27 @@ def start_from(networks: dict[str, nn.Module], path: str | Path) -> None:
     log.info("training starts from the networks of %s (epoch %s)", path, state.get("epoch"))
 
 
-class Resumed(NamedTuple):
-    """How far an interrupted run was."""
-
-    epoch: int  # epochs done
-    best: dict[str, float] | None  # best mIoU in percent of each network
-    step: int = 0  # updates done in the epoch after these
-    length: int | None = None  # updates of an epoch
-    batch: int = 0  # images of an update, of all processes
-    world: int = 1  # processes
-    partial: dict[str, list] | None = None  # metrics and scores of the epoch so far
-    scaler: dict[str, Any] | None = None  # of fp16
-    rates: dict[str, float] | None = None  # what the method's last update gave for the log
-    run: dict[str, Any] | None = None  # what ``provenance.describe`` gave
-
-
-def resume(state: dict[str, Any], path: Path, method: Method, optimizer: torch.optim.Optimizer) -> Resumed:
+def resume(state: dict[str, Any], path: Path, method: Method, optimizer: torch.optim.Optimizer) -> None:
     """Load a run's method and momentum. Rates come from the configuration.
 
-    A checkpoint of the authors' code has neither our best figures nor, always, the order of our parameters: what cannot
-    be taken over is said.
+    A checkpoint of the authors' code has neither our best figures nor, always, the order of our parameters: a warning
+    names what cannot be taken over.
 
     Raises:
         UserError: see ``load_network``; a checkpoint without its epoch.
     """
     if type(state.get("epoch")) is not int:
-        raise UserError(f"{path}: tells no epoch; as a start for a new run, name it in trainer.start_from")
+        raise UserError(f"{path}: has no epoch; as a start for a new run, name it in trainer.start_from")
     for name, network in method.networks().items():
         load_network(network, name, state, path)
     method.load_state_dict(state.get("method_state") or {}, strict=False)  # the networks are loaded already
     _load_momentum(optimizer, state.get("optimizer_state"), path)
     if "best" not in state:  # None in ours, before the first evaluation
-        log.warning("%s tells no best mIoU of ours: the best starts anew", path)
-    description = state.get("run", {})
-    step, world, batch = state.get("step", 0), description.get("processes", 1), description.get("total_batch", 0)
+        log.warning("%s has no best mIoU of ours: the best starts anew", path)
+    step = state.get("step", 0)
     done = [f"epoch {state['epoch'] - 1}"] if state["epoch"] else []
     done += [f"{step} updates"] if step or not done else []
     log.info("resumed after %s from %s", " and ".join(done), path)
-    length = state.get("iterations_per_epoch")
-    partial, scaler = state.get("partial"), state.get("scaler_state")
-    rates, run = state.get("rates"), state.get("run")
-    return Resumed(state["epoch"], state.get("best"), step, length, batch, world, partial, scaler, rates, run)
 
 
 def read_or_previous(path: Path) -> tuple[dict[str, Any], Path]:

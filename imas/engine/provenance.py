@@ -71,14 +71,10 @@ def changes(before: dict, config: dict, path: str = "") -> list[str]:
     for key in dict.fromkeys([*before, *config]):
         here = f"{path}.{key}" if path else str(key)
         if key in before and key in config:
-            lines += changes(before[key], config[key], here) if before[key] is not None else _new(here, config[key])
+            lines += changes(before[key], config[key], here)
         elif not path:
             lines.append(f"{here}: {'a section' if key in config else 'no section'}, other than before")
     return lines
-
-
-def _new(path: str, value: Any) -> list[str]:
-    return [] if value is None else [f"{path}: {value!r}, and None before"]
 
 
 def steers(line: str) -> bool:
@@ -114,8 +110,8 @@ def need_same(path: Path, state: dict[str, Any], config: Config, seed: int, by_h
     return lines
 
 
-def val_list(description: dict | None) -> str | None:
-    """The digest of the val list that a description tells."""
+def val_digest(description: dict | None) -> str | None:
+    """The digest of the val list, None of a description without one."""
     return (description or {}).get("lists", {}).get("val", {}).get("sha256")
 
 

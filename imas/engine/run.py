@@ -128,37 +128,38 @@ def resume(run: Run, path: Path, by_hand: bool = False) -> None:
     """
     state, path = checkpoint.read_or_previous(path)
     recipe = provenance.need_same(path, state, run.config, run.seed, by_hand)
-    found = checkpoint.resume(state, path, run.method, run.optimizer)
-    best = found.best
-    if changed := [*recipe, *(provenance.surroundings_changed(found.run, run.description) if found.run else ())]:
+    checkpoint.resume(state, path, run.method, run.optimizer)
+    run.epoch, run.step = state["epoch"], state.get("step", 0)
+    run.best, run.rates = state.get("best"), state.get("rates") or {}
+    before = state.get("run")  # of the authors' code: None
+    if changed := [*recipe, *(provenance.surroundings_changed(before, run.description) if before else ())]:
         log.warning("%s", "\n  ".join(["changed since the checkpoint:", *changed]))
-    if best and provenance.val_list(found.run) != provenance.val_list(run.description):
-        log.warning(
-            "the best mIoU until now (%.2f) is of another val list: the best starts anew", next(iter(best.values()))
-        )
-        best = None
+    if run.best and provenance.val_digest(before) != provenance.val_digest(run.description):
+        best = next(iter(run.best.values()))
+        log.warning("the best mIoU until now (%.2f) is of another val list: the best starts anew", best)
+        run.best = None
     world, length = distributed.world_size(), len(run.data)
-    step = found.step
-    if step and (found.world, found.length) != (world, length):
+    former_world = (before or {}).get("processes", 1)
+    if run.step and (former_world, state["iterations_per_epoch"]) != (world, length):
         # Images are dealt to the ranks in turn: those of the updates done are the first of the epoch's order.
-        seen, batch = step * found.batch, total_batch(run.config, world)
-        step = min(seen // batch, length)
+        seen, batch = run.step * before["total_batch"], total_batch(run.config, world)
+        run.step = min(seen // batch, length)
         log.warning(
             "%s: is from within an epoch of %d updates of %d images; of the %d images seen the last %d are seen again, "
             "and update %d of %d comes next",
-            path, found.length, found.batch, seen, max(seen - step * batch, 0), step + 1, length,
+            path, state["iterations_per_epoch"], before["total_batch"], seen, max(seen - run.step * batch, 0),
+            run.step + 1, length,
         )  # fmt: skip
-    if (found.epoch or found.step) and found.world != world:
+    if (run.epoch or run.step) and former_world != world:
         log.warning(
             "the run was on %d process(es) until now and goes on with %d: it is no longer bitwise the same run",
-            found.world, world,
+            former_world, world,
         )  # fmt: skip
-    run.epoch, run.step, run.best, run.rates = found.epoch, step, best, found.rates or {}
-    if found.scaler:
-        run.scaler.load_state_dict(found.scaler)
-    if found.partial is not None:
-        run.meter.read = found.partial["metrics"]
-        scores = found.partial["scores"] if found.world == world else [sum(found.partial["scores"], [])]
+    if state.get("scaler_state"):
+        run.scaler.load_state_dict(state["scaler_state"])
+    if partial := state.get("partial"):
+        run.meter.read = partial["metrics"]
+        scores = partial["scores"] if former_world == world else [sum(partial["scores"], [])]
         mine = scores[distributed.rank()] if distributed.rank() < len(scores) else []
         run.scores = [(index.to(run.device), score.to(run.device)) for index, score in mine]
 
