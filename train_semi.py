@@ -33,7 +33,6 @@ from imas.engine.provenance import in_numbers
 from imas.engine.session import Session
 from imas.errors import Together, UserError, run_script
 from imas.methods import METHODS
-from imas.methods.base import Method
 from imas.report import write as write_page
 from imas.schema import Config
 
@@ -107,8 +106,7 @@ def prepare(config: Config, resume: str, seed: int, check: bool) -> Lists | None
     in_folder = Together() if check and resume in ("auto", "never") else together
     together(_check_batch, config)
     resumed = in_folder(checkpoint.find_checkpoint, config.snapshot_dir, resume)
-    alone = METHODS[config.method].run.__func__ is Method.run.__func__  # the session compares recipes of stages
-    if resumed is not None and distributed.is_main() and alone:
+    if resumed is not None and distributed.is_main() and not METHODS[config.method].stages:  # each with its own recipe
         in_folder(_check_resumed, resumed, config, seed, resume != "auto")
     lists = together(read_lists if check else check_data, config) if distributed.is_main() else None
     if config.saver.use_tb and distributed.is_main():

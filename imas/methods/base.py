@@ -73,6 +73,7 @@ class Method(nn.Module):
 
     Options: ClassVar[type]  # a frozen dataclass: the keys of the section
     trains_embedding: ClassVar[bool] = False  # whether it needs ``net.embedding``
+    stages: ClassVar[bool] = False  # whether ``run`` trains with other recipes than that of the experiment, too
 
     def __init__(self, options: Any, new_network: NewNetwork, supervised: Supervised) -> None:
         super().__init__()
@@ -122,7 +123,7 @@ class Method(nn.Module):
 
     def trained(self) -> dict[str, nn.Module]:
         """The networks that the optimiser updates."""
-        raise NotImplementedError
+        return self.networks()
 
     def scored(self) -> dict[str, nn.Module]:
         """The networks to evaluate. The first selects the best checkpoint."""

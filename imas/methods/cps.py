@@ -105,9 +105,6 @@ class CPS(Method):
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student, "student2": self.student2}
 
-    def trained(self) -> dict[str, nn.Module]:
-        return self.networks()
-
     def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
         columns = {"weak view": unlabeled.weak}
         images = unlabeled.weak

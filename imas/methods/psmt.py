@@ -60,6 +60,7 @@ class PSMT(Method):
     """A student and two teachers with weights of their own. In each epoch one teacher follows the student."""
 
     Options = Options
+    stages = True
 
     def __init__(self, options: Options, new_network: NewNetwork, supervised: Supervised) -> None:
         super().__init__(options, new_network, supervised)

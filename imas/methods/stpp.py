@@ -22,7 +22,7 @@ from ..ops.pseudo import label_shares, predict
 from ..ops.resize import resize
 from ..schema import POSITIVE, Config, Wants
 from ..strict import option
-from .base import Labeled, Method, NewNetwork, Progress, Step, Supervised, Unlabeled
+from .base import Labeled, Progress, Step, Unlabeled
 from .sup_only import SupOnly
 
 if TYPE_CHECKING:
@@ -45,14 +45,11 @@ class Options:
     )
 
 
-class STPP(Method):
+class STPP(SupOnly):
     """A training on labeled images and on strong views of others with pseudo labels: one loss over both."""
 
     Options = Options
-
-    def __init__(self, options: Options, new_network: NewNetwork, supervised: Supervised) -> None:
-        super().__init__(options, new_network, supervised)
-        self.student = new_network()
+    stages = True
 
     @classmethod
     def wants(cls, options: Options) -> Wants:
@@ -92,12 +89,6 @@ class STPP(Method):
             "labeled": label_shares(labeled.label, classes),
         }
         return Step(loss, scalars)
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student}
-
-    def trained(self) -> dict[str, nn.Module]:
-        return {"student": self.student}
 
     def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
         if unlabeled is None or unlabeled.label is None:

@@ -44,6 +44,3 @@ class SupOnly(Method):
 
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student}
-
-    def trained(self) -> dict[str, nn.Module]:
-        return {"student": self.student}
