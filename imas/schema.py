@@ -6,7 +6,6 @@ keys are in ``legacy.py``.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -261,14 +260,14 @@ class Config:
     method: str = derived("")  # the name of the method's section
     options: Any = derived(None)  # that section: the method's ``Options``
     wants: Wants = derived(Wants())
-    path: Path = dataclasses.field(default=Path(), compare=False, metadata={"derived": True})  # the YAML file
-    out: Path | None = dataclasses.field(default=None, compare=False, metadata={"derived": True})
-    stage: str = dataclasses.field(default="", compare=False, metadata={"derived": True})
-    translated: tuple[str, ...] = dataclasses.field(default=(), compare=False, metadata={"derived": True})
+    path: Path = derived(Path(), compare=False)  # the YAML file
+    out: Path | None = derived(None, compare=False)  # ``train_semi.py --out``
+    stage: str = derived("", compare=False)  # of a method of several stages
+    translated: tuple[str, ...] = derived((), compare=False)  # a remark for each former key
 
     @property
     def folder(self) -> Path:
-        """Where the outputs go: ``train_semi.py --out``, by default the folder of the YAML."""
+        """Where the outputs go: ``out``, by default the folder of the YAML."""
         return self.path.parent if self.out is None else self.out
 
     @property

@@ -39,9 +39,9 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def derived(default: Any) -> Any:
+def derived(default: Any, compare: bool = True) -> Any:
     """A dataclass field that no file sets: the program fills it in."""
-    return dataclasses.field(default=default, metadata={"derived": True})
+    return dataclasses.field(default=default, compare=compare, metadata={"derived": True})
 
 
 def keys_of(kind: Any) -> dict[str, dataclasses.Field]:
@@ -211,7 +211,7 @@ def _note_lines(node: yaml.Node, prefix: str, reader: Reader) -> None:
         dotted = f"{prefix}.{key.value}" if prefix else str(key.value)
         line = key.start_mark.line + 1
         if dotted in reader.lines:
-            reader.error(dotted, f"this key stands twice, first in line {reader.lines[dotted]}", line)
+            reader.error(dotted, f"this key is given twice, first in line {reader.lines[dotted]}", line)
             continue
         reader.lines[dotted] = line
         _note_lines(value, dotted, reader)

@@ -775,8 +775,8 @@ WRONG_FILES = {
     "makes an object": ("saver: !!python/object/new:pathlib.Path [x]\n", "safely"),
     "names a function": ("dataset: {type: !!python/name:os.system }\n", "safely"),
     "list as a key": ("? [a, b]\n: 3\n", "not a YAML file"),
-    "repeated key": ("trainer:\n  epochs: 3\n  epochs: 4\n", ":3: trainer.epochs: this key stands twice"),
-    "repeated section": ("net: {}\ntrainer: {}\nnet: {}\n", ":3: net: this key stands twice, first in line 1"),
+    "repeated key": ("trainer:\n  epochs: 3\n  epochs: 4\n", ":3: trainer.epochs: this key is given twice"),
+    "repeated section": ("net: {}\ntrainer: {}\nnet: {}\n", ":3: net: this key is given twice, first in line 1"),
     "impossible date": ("saver:\n  snapshot_dir: 2022-13-01\n", ""),
     "wrong tag": ("saver:\n  use_tb: !!bool perhaps\n", ""),
     "endless alias": ("saver: &again\n  more: *again\n", ""),
@@ -857,7 +857,7 @@ def test_contradictions_come_together_with_other_mistakes(tmp_path: Path) -> Non
 def test_repeated_keys_come_together_with_other_mistakes(tmp_path: Path) -> None:
     """Spec: all errors are reported together, repeated keys among them."""
     message = _complaint(_written(tmp_path, OLD_PASCAL + "criterion: {}\ncriterium: {}\n"))
-    assert "this key stands twice" in message
+    assert "this key is given twice" in message
     assert " criterium: " in message
 
 

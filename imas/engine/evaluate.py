@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from ..models.modes import evaluating
 from ..ops.metrics import ConfusionMatrix
 from ..schema import Config
 from .interrupt import Interrupted
+from .log import write_rows
 from .sliding import Predictor, Protocol, window_bands
 
 
@@ -143,7 +143,7 @@ def format_table(matrix: ConfusionMatrix, class_names: tuple[str, ...]) -> str:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write the protocol and the figures of an evaluation."""
+    """Write a JSON file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -154,6 +154,5 @@ def write_csv(path: Path, protocol: dict[str, Any], figures: dict[str, Any]) -> 
     Every row repeats the protocol, so that several files can be joined. ``figures``: of the function ``figures``.
     """
     protocol = protocol | {"scales": " ".join(map(str, protocol["scales"]))}
-    head = [*protocol, "class", "iou", "accuracy", "pixels"]
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([head, *([*protocol.values(), *row] for row in _rows(figures))])
+    columns = ("class", "iou", "accuracy", "pixels")
+    write_rows(path, (*protocol, *columns), (protocol | dict(zip(columns, row)) for row in _rows(figures)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
@@ -27,14 +26,14 @@ from ..data.splits import digest
 from ..errors import UserError
 from ..files import replacing
 from ..schema import Config
+from .evaluate import write_json
 from .interrupt import Interrupted, Interruption
-from .log import start_logging
+from .log import read_rows, start_logging, write_rows
 from .pictures import coloured, sheet
 
 log = logging.getLogger("imas")
 
 _MANIFEST = "manifest.json"
-_TORN = "{}.part"  # a folder of labels that is not complete
 
 Measure = Callable[[Sequence[nn.Module], Tensor], float]
 
@@ -82,14 +81,12 @@ class Inference:
             scores = {name: score for part in parts for name, score in part.items()}
             if distributed.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
-                with replacing(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-                    rows = sorted(((name, scores[name]) for name in names), key=lambda row: -row[1])
-                    csv.writer(file).writerows([("image", title), *rows])
-                _write(folder, manifest)
+                ordered = sorted(names, key=lambda name: -scores[name])
+                write_rows(table, ("image", title), ({"image": name, title: scores[name]} for name in ordered))
+                write_json(folder / _MANIFEST, manifest)
             distributed.barrier()
         log.info("%s: %s", title, table)
-        with open(table, newline="", encoding="utf-8") as file:
-            return {name: float(score) for name, score in list(csv.reader(file))[1:]}
+        return {row["image"]: float(row[title]) for row in read_rows(table)}
 
     @torch.no_grad()
     def show(self, title: str, networks: Sequence[nn.Module], captions: Mapping[str, str]) -> None:
@@ -140,24 +137,25 @@ class Inference:
         if folder.is_dir():
             if _read(folder) != manifest:
                 raise UserError(
-                    f"{folder}: its {_MANIFEST} tells of another network or of other images than those of this run; "
+                    f"{folder}: its {_MANIFEST} is of another network or of other images than those of this run; "
                     "remove the folder to have it written anew, or name another one with --out"
                 )
             log.info("stage %s is done: %s", stage, folder)
             return folder
-        torn = folder.with_name(_TORN.format(folder.name))
+        torn = folder.with_name(f"{folder.name}.part")
         if distributed.is_main():
             if torn.is_dir() and _read(torn) != manifest:
                 shutil.rmtree(torn)
             torn.mkdir(parents=True, exist_ok=True)
-            _write(torn, manifest)
+            write_json(torn / _MANIFEST, manifest)
             log.info("stage %s begins: labels of %d images", stage, len(everything))
         distributed.barrier()
         whole, palette = open_labels(self.config.dataset, torn), catalog_of(self.config.dataset).palette
         mine = [name for name in everything[distributed.rank() :: distributed.world_size()] if not _has(whole, name)]
         copied = set(known[1])
-        for name in filter(copied.__contains__, mine):
-            _copy(label_path(known[0], name), label_path(torn, name))
+        for name in mine:
+            if name in copied:
+                _copy(label_path(known[0], name), label_path(torn, name))
         for name, image in self.images([name for name in mine if name not in copied]):
             write_labels(label_path(torn, name), predict(network, image)[0].byte().cpu().numpy(), palette)
         distributed.barrier()
@@ -187,15 +185,15 @@ def _has(labels: FileSource, name: str) -> bool:
 
 def _manifest(networks: Sequence[nn.Module], names: Sequence[str]) -> dict[str, Any]:
     """Which networks looked at which images: the digests of their weights and of the list."""
-    return {"networks": [_digest(network) for network in networks], "images": digest(names), "count": len(names)}
 
+    def weights(network: nn.Module) -> str:
+        words = hashlib.sha256()
+        for name, tensor in network.state_dict().items():
+            words.update(name.encode())
+            words.update(tensor.cpu().contiguous().numpy().tobytes())
+        return words.hexdigest()
 
-def _digest(network: nn.Module) -> str:
-    words = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        words.update(name.encode())
-        words.update(tensor.cpu().contiguous().numpy().tobytes())
-    return words.hexdigest()
+    return {"networks": list(map(weights, networks)), "images": digest(names), "count": len(names)}
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -204,8 +202,3 @@ def _read(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _write(folder: Path, manifest: dict[str, Any]) -> None:
-    with replacing(folder / _MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run tells: log lines, CSV files and TensorBoard, by the main process alone."""
+"""Log lines, CSV files and TensorBoard of a run, by the main process alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def set_aside(root: Path, stage: str) -> None:
         root: the folder of ``log/``.
     """
     folder = root / "log" / stage
-    if not (folder / "metrics.csv").is_file() or not _read(folder / "metrics.csv"):
+    if not (folder / "metrics.csv").is_file() or not read_rows(folder / "metrics.csv"):
         return
     numbered = (root / f"log_before_{number}" / stage for number in itertools.count(1))
     aside = next(path for path in numbered if not (path / "metrics.csv").exists())
@@ -85,7 +85,7 @@ class RunLog:
 
         def kept(name: str) -> list[dict[str, str]]:
             path = folder / f"{name}.csv"
-            rows = _read(path) if path.is_file() and first_epoch > 0 else []
+            rows = read_rows(path) if path.is_file() and first_epoch > 0 else []
             return [row for row in rows if float(row["epoch"]) < first_epoch]
 
         for name, columns in (
@@ -166,10 +166,11 @@ def spoken(seconds: float) -> str:
 
 def last_scores(folder: Path) -> dict[str, tuple[int, float]]:
     """Epoch and value of the last score of each image in the ``scores.csv`` of a log folder."""
-    return {row["image"]: (int(row["epoch"]), float(row["score"])) for row in _read(folder / "scores.csv")}
+    return {row["image"]: (int(row["epoch"]), float(row["score"])) for row in read_rows(folder / "scores.csv")}
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -35,6 +35,7 @@ log = logging.getLogger("imas")
 
 _KINDS = {"index": ".png", "overlay": ".jpg", "confidence": ".png"}  # folders of the outputs, and their suffixes
 _WRITERS = 2  # threads
+_SHOWN = 6  # names of files that are left out
 _LARGEST_JPEG = 65_500  # pixels a side
 
 
@@ -69,7 +70,8 @@ def find_images(words: Sequence[str], save_dir: Path) -> tuple[dict[Path, Path],
             names = below(path)
             others = [name for name in names if not is_image(name)]
             if others:
-                log.warning("%s: no images by their suffix, left out: %d files (%s)", path, len(others), _some(others))
+                shown = ", ".join(others[:_SHOWN]) + (" ..." if len(others) > _SHOWN else "")
+                log.warning("%s: no images by their suffix, left out: %d files (%s)", path, len(others), shown)
             base, paths = path, [path / name for name in names if is_image(name)]
         paths = [path for path in paths if not any(path.resolve().is_relative_to(folder) for folder in outputs)]
         if not paths:
@@ -149,10 +151,6 @@ def predict_images(
     seconds, done = time.perf_counter() - start, len(images) - len(problems)
     log.info("%d images in %.1f s, %.2f images/s: %s", done, seconds, done / seconds, save_dir)
     return problems
-
-
-def _some(names: Sequence[str], shown: int = 6) -> str:
-    return ", ".join(names[:shown]) + (" ..." if len(names) > shown else "")
 
 
 def _read(path: Path) -> Tensor | str:
