@@ -27,7 +27,7 @@ _SPELLINGS = {
 }
 
 # Keys that steer nothing any more → the values that they may have, None for any.
-_IGNORED_KEYS: dict[str, tuple | None] = {
+_IGNORED: dict[str, tuple | None] = {
     "dataset.val.crop.type": ("rand", "center"),
     "trainer.evaluate_student": (True, False),  # both networks are evaluated
     "saver.pretrain": None,
@@ -107,7 +107,7 @@ _UNIMATCH_CODE = {
     "net.sync_bn": True,
 }
 
-# U2PL's own files, also those of its baseline. Dead keys steer nothing in U2PL's code, or only with other values.
+# U2PL's own files, also those of its baseline.
 _SUP_ONLY["dataset.batch_size"] = "dataset.train.batch_size"
 _FORMER["u2pl"] = {
     "trainer.unsupervised.apply_aug": "u2pl.use_cutmix",
@@ -118,7 +118,7 @@ _FORMER["u2pl"] = {
     "dataset.batch_size": "dataset.train.batch_size",
 }
 _VALUES["trainer.unsupervised.apply_aug"] = {"cutmix": True, False: False, None: False}.__getitem__
-_U2PL_DEAD: dict[str, tuple | None] = {
+_U2PL_IGNORED: dict[str, tuple | None] = {  # its code does not read them, or only with other values
     "dataset.noise_std": None,
     "dataset.train.noise_std": None,
     "dataset.train.GaussianBlur": (False,),
@@ -131,16 +131,18 @@ _U2PL_DEAD: dict[str, tuple | None] = {
 _U2PL_CODE = {"trainer.sup_only_epoch": 1, "trainer.unsupervised.apply_aug": False, "net.embedding": 256}
 _U2PL_SIZES = {"pascal": 500, "cityscapes": [1024, 2048]}  # of nearly all images, which are resized from their own
 
-# Keys that former files may have although the method has no use for them.
-_IDLE = {
-    "imas": ("dataset.train.strong_aug.labeled",),
-    "sup_only": (
-        "trainer.sup_only_epoch",
-        "net.ema_decay",
-        "trainer.unsupervised",
-        "dataset.train.hardness_aware",
-        "dataset.train.strong_aug.flag_use_random_num_sampling",
-    ),
+# Keys that former files of a method may have although it has no use for them.
+_IGNORED_BY: dict[str, dict[str, tuple | None]] = {
+    "imas": {"dataset.train.strong_aug.labeled": None},
+    "u2pl": _U2PL_IGNORED,
+    "sup_only": _U2PL_IGNORED
+    | {
+        "trainer.sup_only_epoch": None,
+        "net.ema_decay": None,
+        "trainer.unsupervised": None,
+        "dataset.train.hardness_aware": None,
+        "dataset.train.strong_aug.flag_use_random_num_sampling": None,
+    },
 }
 
 # The authors' baseline leaves out the last short batch of an epoch on Cityscapes, and trains on it on Pascal.
@@ -208,8 +210,7 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
             if today != value:
                 put(raw, key, today)
                 remarks.append(f"{key}: {value} → {today}")
-    dead = _U2PL_DEAD if former and method in ("u2pl", "sup_only") else {}
-    for key, allowed in (_IGNORED_KEYS | dead).items():
+    for key, allowed in (_IGNORED | (_IGNORED_BY.get(method, {}) if former else {})).items():
         value = _pop(raw, key)
         if value is MISSING:
             continue
@@ -226,9 +227,6 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
         _fill_in(raw, method, remarks)
     if former:
         raw.pop("method", None)
-        for key in _IDLE.get(method, ()):
-            if _pop(raw, key) not in (MISSING, None):
-                remarks.append(f"{key}: means nothing to {method}")
         sup_only = method == "sup_only" and get(raw, "dataset.type") == "cityscapes"
         if sup_only and get(raw, _DROP_LAST) is MISSING and isinstance(get(raw, "dataset.train"), dict):
             put(raw, _DROP_LAST, True)

@@ -89,36 +89,33 @@ def fit(
     }
     scaler = precision.make_scaler(config.trainer, device)
     run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description, interruption)
-    with contextlib.ExitStack() as stack:
-        if resumed_from is not None:
-            resume(run, resumed_from, by_hand)
-        elif distributed.is_main():
-            set_aside(config.folder, config.stage)
-        source = "none" if resumed_from is None else resumed_from.name
-        distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
-        _run_all(run, keep, stack)
+    if resumed_from is not None:
+        resume(run, resumed_from, by_hand)
+    elif distributed.is_main():
+        set_aside(config.folder, config.stage)
+    source = "none" if resumed_from is None else resumed_from.name
+    distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
+    done = run.epoch * len(data) + run.step
+    board = config.folder / config.stage if config.saver.use_tb else None
+    run_log = RunLog(config.log_dir, board, run.epoch, map(column, method.scored()), done)
+    _announce(run, run_log)
+    bar = tqdm(
+        total=config.trainer.epochs * len(data), initial=done, unit="it", leave=False, dynamic_ncols=True,
+        mininterval=1.0, disable=None if distributed.is_main() else True,
+    )  # fmt: skip
+    with contextlib.closing(run_log), bar:
+        _run_all(run, run_log, bar, keep)
 
 
-def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> None:
-    """Every epoch, and its end; ``stack`` closes what is opened, however the run ends."""
-    config, method, data = run.config, run.method, run.data
+def _run_all(run: Run, run_log: RunLog, bar: tqdm, keep: Collection[int]) -> None:
+    """Every epoch, and its end."""
+    config, method, data, epochs = run.config, run.method, run.data, run.config.trainer.epochs
     if config.net.sync_bn:
         synchronise(method)
     wrapped = distributed.wrap(method, run.device, config.net.sync_bn)
-    epochs, done = config.trainer.epochs, run.epoch * len(data) + run.step
-    board = config.folder / config.stage if config.saver.use_tb else None
-    run_log = stack.enter_context(
-        contextlib.closing(RunLog(config.log_dir, board, run.epoch, map(column, method.scored()), done))
-    )
     evaluation = Evaluation(config, run.lists, run.device)
     selecting = column(next(iter(method.scored())))
     health = Health(config, len(data), evaluation.catalog.class_names, selecting, run_log.rows)
-    _announce(run, run_log)
-    bar = tqdm(
-        total=epochs * len(data), initial=done, unit="it", leave=False, dynamic_ncols=True, mininterval=1.0,
-        disable=None if distributed.is_main() else True,
-    )  # fmt: skip
-    stack.enter_context(bar)
     matrices: dict[str, ConfusionMatrix] = {}
     for epoch in range(run.epoch, epochs):
         evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
@@ -158,8 +155,8 @@ def _run_all(run: Run, keep: Collection[int], stack: contextlib.ExitStack) -> No
 
 @contextlib.contextmanager
 def _saved(run: Run) -> Iterator[None]:
-    """Whatever ends a run leaves a checkpoint, if that can be: not with several processes, of which the others wait in
-    the middle of an update, nor within one, nor of networks that have become NaN.
+    """Save where an error ends the run; not with several processes, of which the others wait in the middle of an
+    update, nor within an update, nor networks that have become NaN.
     """
     try:
         yield
@@ -178,7 +175,7 @@ def _saved(run: Run) -> Iterator[None]:
 
 
 def _announce(run: Run, run_log: RunLog) -> None:
-    """What is trained, on what, and what differs from the recipe's batch."""
+    """Record and log what is trained, on what, and what differs from the recipe's batch."""
     config, lists, world = run.config, run.lists, distributed.world_size()
     if distributed.is_main():
         provenance.record(config, run.description)
