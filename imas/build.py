@@ -32,15 +32,7 @@ def build_model(net: Net | Mapping[str, Any], pretrained: bool = True) -> DeepLa
     """
     if not isinstance(net, Net):
         net = read_net(dict(net))
-    kwargs = net.encoder.kwargs
-    encoder = ResNet(
-        net.encoder.type,
-        replace_stride_with_dilation=kwargs.replace_stride_with_dilation,
-        multi_grid=kwargs.multi_grid,
-        zero_init_residual=kwargs.zero_init_residual,
-        deep_stem=kwargs.deep_stem,
-        width=kwargs.width,
-    )
+    encoder = ResNet(net.encoder.type, **vars(net.encoder.kwargs))
     if pretrained and net.encoder.pretrain is not None:
         try:
             load_encoder(encoder, net.encoder.pretrain)
@@ -51,16 +43,8 @@ def build_model(net: Net | Mapping[str, Any], pretrained: bool = True) -> DeepLa
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"net.encoder.pretrain: {error}") from None
-    decoder = net.decoder.kwargs
-    return DeepLabV3Plus(
-        encoder,
-        net.num_classes,
-        inner_planes=decoder.inner_planes,
-        low_conv_planes=decoder.low_conv_planes,
-        dilations=decoder.dilations,
-        aux=net.aux_loss is not None,
-        embedding=net.embedding,
-    )
+    aux, embedding = net.aux_loss is not None, net.embedding
+    return DeepLabV3Plus(encoder, net.num_classes, **vars(net.decoder.kwargs), aux=aux, embedding=embedding)
 
 
 def build_method(config: Config, kind: type[Method] | None = None, pretrained: bool = True) -> Method:
@@ -76,11 +60,11 @@ def build_method(config: Config, kind: type[Method] | None = None, pretrained: b
 
 def supervised_loss(config: Config) -> partial[Tensor]:
     """(logits, auxiliary logits or None, labels) → the supervised loss that the configuration describes."""
-    ignore, kwargs = config.dataset.ignore_label, config.criterion.kwargs
+    ignore = config.dataset.ignore_label
     if config.criterion.type == "ce":
         criterion = partial(cross_entropy, ignore_index=ignore)
     else:
-        criterion = partial(ohem_cross_entropy, thresh=kwargs.thresh, min_kept=kwargs.min_kept, ignore_index=ignore)
+        criterion = partial(ohem_cross_entropy, **vars(config.criterion.kwargs), ignore_index=ignore)
     weight = config.net.aux_loss.loss_weight if config.net.aux_loss is not None else 0.0
     return partial(main_and_auxiliary, criterion, weight)
 

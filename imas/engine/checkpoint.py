@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import replacing
 from ..legacy import STATE_KEYS
 from ..methods.base import Method
 from ..models.pretrained import compare_states, describe_misfits, load_safely, need_finite
@@ -35,20 +35,17 @@ def save(state: dict[str, Any], path: Path, twin: Path | None = None) -> None:
     Raises:
         UserError: a full disk, a folder that cannot be written to. The file that was there stays.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if twin is None or not _linked(twin, temporary):
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-        if path.name == LAST and path.is_file():
-            os.replace(path, path.with_name(PREVIOUS))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            if twin is None or not _linked(twin, temporary):
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            if path.name == LAST and path.is_file():
+                os.replace(path, path.with_name(PREVIOUS))
     except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}). The last good checkpoint stays as it was") from None
 

@@ -62,7 +62,6 @@ def fit(
 
     Args:
         method: on ``device``, with the weights to start with.
-        interruption: whether to stop.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
         by_hand: that file was named, so that a run goes on from it with another recipe, too.
         momentum: a checkpoint of another method and the network whose momentum is taken from there.

@@ -43,7 +43,6 @@ class Inference:
 
     Args:
         config: of the experiment, whose folders they go to.
-        interruption: whether to stop.
     """
 
     def __init__(self, config: Config, device: torch.device, interruption: Interruption) -> None:

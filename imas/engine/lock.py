@@ -16,7 +16,7 @@ log = logging.getLogger("imas")
 
 
 def hold(folder: Path) -> TextIO:
-    """Make the folder and lock it, for as long as the file that this gives stays open; host and pid are in it.
+    """Make the folder and lock it, for as long as the returned file stays open; host and pid are in it.
 
     The lock is the kernel's and goes with this process, however it ends; worker processes do not inherit it.
 
@@ -28,21 +28,15 @@ def hold(folder: Path) -> TextIO:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):  # Lustre without -o flock, some NFS
-            log.warning(
-                "%s: this file system has no locks (%s), so nothing stops two runs in it", folder, error.strerror
-            )
-            return _name_holder(file)
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise UserError(
-            f"{folder}: in use by another live run ({holder}). Stop that one, or name another folder with --out"
-        ) from None
-    return _name_holder(file)
-
-
-def _name_holder(file: TextIO) -> TextIO:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{folder}: in use by another live run ({holder}). Stop that one, or name another folder with --out"
+            ) from None
+        # Lustre without -o flock, some NFS
+        log.warning("%s: this file system has no locks (%s), so nothing stops two runs in it", folder, error.strerror)
     file.seek(0)
     file.truncate()
     file.write(f"host {platform.node()}, pid {os.getpid()}\n")

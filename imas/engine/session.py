@@ -38,7 +38,6 @@ class Session:
         lists: its images.
         build: (config, method class, whether to load pretrained encoders) → method.
         finish: called with the configuration of each stage that has ended, on the main process.
-        interruption: whether to stop.
         resume: ``auto``, ``never`` or a checkpoint file: see ``checkpoint.find_checkpoint``.
     """
 
