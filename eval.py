@@ -21,7 +21,6 @@ With --min-confidence 0.9 less sure pixels are 255 in the index PNGs: masks to t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -43,6 +42,7 @@ from imas.errors import Together, UserError, run_script
 from imas.files import replacing
 from imas.library import network_of
 from imas.schema import Config
+from imas.strict import replaced
 
 log = logging.getLogger("imas")
 _WITH_TRUTH = ("list", "root", "json", "csv", "confusion")
@@ -155,9 +155,8 @@ def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
         raise UserError(f"--cityscapes-ids: the data set of this configuration is {config.dataset.type}")
     if options.root is not None and catalog.files is None:
         raise UserError(f"--root: the data set {config.dataset.type} has no folder")
-    given = {"data_list": options.list, "data_root": options.root}
-    val = dataclasses.replace(config.dataset.val, **{key: str(path) for key, path in given.items() if path is not None})
-    return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, val=val))
+    given = {"dataset.val.data_list": options.list, "dataset.val.data_root": options.root}
+    return replaced(config, {key: str(path) for key, path in given.items() if path is not None})
 
 
 def evaluate(

@@ -11,7 +11,6 @@ YAML.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -35,6 +34,7 @@ from imas.errors import Together, UserError, run_script
 from imas.methods import METHODS
 from imas.report import write as write_page
 from imas.schema import Config
+from imas.strict import replaced
 
 log = logging.getLogger("imas")
 _DECODED = 50  # images of each training list that --check decodes, beside all masks and validation images
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--seed {options.seed}: expected 0 or more")
     config = load_config(options.config, options.set)
     if options.out is not None:
-        config = dataclasses.replace(config, out=options.out)
+        config = replaced(config, {"out": options.out})
     distributed.read_launcher()
     start_logging()
     if options.deterministic:
@@ -97,7 +97,7 @@ def prepare(config: Config, resume: str, seed: int, check: bool) -> Lists | None
     lists folders and reads images; the others get None.
 
     Args:
-        check: nothing will be written, so that checkpoints of another run in the folder are no mistake: they are told.
+        check: nothing will be written, so that checkpoints of another run in the folder are warnings.
 
     Raises:
         UserError: all mistakes.
@@ -141,8 +141,7 @@ def _check_batch(config: Config) -> None:
 def report(config: Config, lists: Lists, seed: int) -> None:
     """What ``--check`` prints: the resolved recipe, iterations, and what differs from the reference batch."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    uncached = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, cache=False))
-    data = TrainingData(uncached, lists, seed, 0, world)  # to be counted, not to be read
+    data = TrainingData(replaced(config, {"dataset.cache": False}), lists, seed, 0, world)  # counted, not read
     log.info("the resolved recipe of %s:\n%s", config.path, yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())
     if config.translated:
         log.info("translated: %s", "; ".join(config.translated))

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import itertools
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from . import legacy
 from .data.catalog import DATASETS, catalog_of, unlabeled_beside
 from .errors import ConfigError
 from .methods import DEFAULT, METHODS
-from .schema import Config, CriterionKwargs, Net
-from .strict import MISSING, Reader, get, keys_of, parse_override, put, read_yaml, show
+from .schema import Config, Net
+from .strict import MISSING, Reader, get, keys_of, parse_override, put, read_yaml, replaced, show
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -143,19 +144,14 @@ def read_net(raw: dict) -> Net:
 
 def _with_derived(config: Config) -> Config:
     """Fill in what follows from other keys, so that the resolved recipe shows it."""
-    train, optimizer = config.dataset.train, config.trainer.optimizer
-    if optimizer.head_lr_times is None:
-        optimizer = dataclasses.replace(optimizer, head_lr_times=catalog_of(config.dataset).head_lr_times)
-    criterion = config.criterion
-    if criterion.type == "ohem":
-        thresh, min_kept = criterion.kwargs.thresh, criterion.kwargs.min_kept
-        kwargs = CriterionKwargs(0.7 if thresh is None else thresh, 100_000 if min_kept is None else min_kept)
-        criterion = dataclasses.replace(criterion, kwargs=kwargs)
-    trainer = dataclasses.replace(config.trainer, optimizer=optimizer)
-    train = dataclasses.replace(train, unlabeled_list=_unlabeled_beside(config) or train.unlabeled_list)
-    dataset = dataclasses.replace(config.dataset, train=train)
-    options = METHODS[config.method].resolved(config)
-    return dataclasses.replace(config, dataset=dataset, trainer=trainer, criterion=criterion, options=options)
+    derived = {
+        "trainer.optimizer.head_lr_times": catalog_of(config.dataset).head_lr_times,
+        "dataset.train.unlabeled_list": _unlabeled_beside(config),
+    }
+    if config.criterion.type == "ohem":
+        derived |= {"criterion.kwargs.thresh": 0.7, "criterion.kwargs.min_kept": 100_000}
+    missing = {key: value for key, value in derived.items() if attrgetter(key)(config) is None}
+    return replaced(config, missing | {"options": METHODS[config.method].resolved(config)})
 
 
 def _unlabeled_beside(config: Config) -> str | None:

@@ -87,7 +87,7 @@ def run_script(main: Callable[[], None]) -> None:
     finally:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:  # would be told once more, in a traceback, when the interpreter ends
+        except BrokenPipeError:  # the interpreter would print it once more, as a traceback
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

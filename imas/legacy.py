@@ -150,7 +150,7 @@ _DROP_LAST = "dataset.train.drop_last"
 
 
 def method_of(raw: dict[str, Any]) -> str:
-    """The method of a file that has no section of a method: its ``method`` key, or what its other keys tell."""
+    """The method of a file that has no section of a method: its ``method`` key, or what follows from its other keys."""
     named = raw.get("method")
     if named is not None:
         return str(named)

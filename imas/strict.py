@@ -260,6 +260,15 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+def replaced(section: Any, values: dict[str, Any]) -> Any:
+    """A copy of a section with other values, by dotted key."""
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        value = replaced(getattr(section, name), {rest: value}) if rest else value
+        section = dataclasses.replace(section, **{name: value})
+    return section
+
+
 def dotted(section: dict, prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     flat: dict[str, Any] = {}

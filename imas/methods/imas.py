@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from ..ops.hardness import Hardness, score_predictions
 from ..ops.losses import consistency_loss
 from ..ops.pseudo import Prediction, logged_shares, predict
 from ..schema import FRACTION, NOT_NEGATIVE, Config, Wants
-from ..strict import option
+from ..strict import option, replaced
 from .base import Labeled, Progress, Step, StudentTeacher, Unlabeled
 
 
@@ -95,11 +94,10 @@ class IMAS(StudentTeacher):
     @classmethod
     def resolved(cls, config: Config) -> Options:
         """Class 0 of own data is a class like any other: ground or sky."""
-        hardness, own_data = config.options.hardness, config.dataset.folder is not None
+        hardness = config.options.hardness
         if hardness is None or hardness.ignore_background is not None:
             return config.options
-        hardness = dataclasses.replace(hardness, ignore_background=not own_data)
-        return dataclasses.replace(config.options, hardness=hardness)
+        return replaced(config.options, {"hardness.ignore_background": config.dataset.folder is None})
 
     def forward(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> Step:
         if unlabeled is None:  # warm-up

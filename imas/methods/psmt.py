@@ -25,7 +25,7 @@ from ..ops.losses import pixel_cross_entropy
 from ..ops.pseudo import Prediction, logged_shares, predict
 from ..ops.resize import resize
 from ..schema import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Config, Scheduler, SchedulerKwargs, Wants
-from ..strict import option
+from ..strict import option, replaced
 from .base import Labeled, Method, NewNetwork, Progress, Step, Supervised, Unlabeled
 
 if TYPE_CHECKING:
@@ -269,16 +269,15 @@ def warm_up_config(config: Config, lists: Lists) -> Config:
     """The configuration of the warm-up: its epochs at the constant base rate, each once over the labeled images, as far
     as they fill batches (those that do not come first in the next epoch); one evaluation at the end.
     """
-    train, trainer, epochs = config.dataset.train, config.trainer, config.options.warm_up
-    world, batch = distributed.world_size(), train.batch_size * config.trainer.accumulate
-    batches = max(1, math.ceil(len(lists.labeled) / world) // batch)
-    train = dataclasses.replace(train, epoch_size=batches * batch * world)
-    constant = Scheduler("milestones", SchedulerKwargs(milestones=(epochs,)))  # one that never comes
-    return dataclasses.replace(
-        config,
-        dataset=dataclasses.replace(config.dataset, train=train),
-        trainer=dataclasses.replace(trainer, epochs=epochs, eval_every=epochs, lr_scheduler=constant),
-    )
+    world, batch = distributed.world_size(), config.dataset.train.batch_size * config.trainer.accumulate
+    batches, epochs = max(1, math.ceil(len(lists.labeled) / world) // batch), config.options.warm_up
+    values = {
+        "dataset.train.epoch_size": batches * batch * world,
+        "trainer.epochs": epochs,
+        "trainer.eval_every": epochs,
+        "trainer.lr_scheduler": Scheduler("milestones", SchedulerKwargs(milestones=(epochs,))),  # one that never comes
+    }
+    return replaced(config, values)
 
 
 def assisted(active: Tensor, other: Tensor, count: int) -> Tensor:

@@ -21,7 +21,7 @@ from ..ops.metrics import ConfusionMatrix
 from ..ops.pseudo import label_shares, predict
 from ..ops.resize import resize
 from ..schema import POSITIVE, Config, Wants
-from ..strict import option
+from ..strict import option, replaced
 from .base import Labeled, Progress, Step, Unlabeled
 from .sup_only import SupOnly
 
@@ -170,12 +170,6 @@ def extremes(scores: dict[str, float]) -> dict[str, str]:
     return {name: f"{name}: {kind}, {scores[name]:.3f}" for name, kind in chosen.items()}
 
 
-def with_train(config: Config, **values: Any) -> Config:
-    """The configuration with other values in ``dataset.train``."""
-    train = dataclasses.replace(config.dataset.train, **values)
-    return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, train=train))
-
-
 def first_length(labeled: int) -> int:
     """Images an epoch of the first training."""
     return labeled * (2 if labeled < _FEW else 1)
@@ -196,13 +190,17 @@ def supervised_config(config: Config, labeled: int, world: int) -> Config:
     batch, size = 2 * config.dataset.train.batch_size, config.dataset.train.epoch_size
     total = world * batch * config.trainer.accumulate
     size = 2 * size if size else whole_batches(first_length(labeled), total)
-    config = with_train(config, batch_size=batch, epoch_size=size, strong_aug=None)
-    reference = config.trainer.reference_batch
-    trainer = dataclasses.replace(config.trainer, reference_batch=reference and 2 * reference)
-    options = SupOnly.Options()
-    return dataclasses.replace(
-        config, trainer=trainer, method="sup_only", options=options, wants=SupOnly.wants(options)
-    )
+    reference, options = config.trainer.reference_batch, SupOnly.Options()
+    values = {
+        "dataset.train.batch_size": batch,
+        "dataset.train.epoch_size": size,
+        "dataset.train.strong_aug": None,
+        "trainer.reference_batch": reference and 2 * reference,
+        "method": "sup_only",
+        "options": options,
+        "wants": SupOnly.wants(options),
+    }
+    return replaced(config, values)
 
 
 def mixed_config(config: Config, labeled: int, unlabeled: int, world: int, folder: Path | None) -> Config:
@@ -213,8 +211,8 @@ def mixed_config(config: Config, labeled: int, unlabeled: int, world: int, folde
     total = world * train.batch_size * config.trainer.accumulate
     size = train.epoch_size or whole_batches(mixed_length(labeled, unlabeled) // 2, total)
     labels = train.pseudo_labels if folder is None else str(folder)
-    options = dataclasses.replace(config.options, stages="last")
-    return dataclasses.replace(with_train(config, epoch_size=size, pseudo_labels=labels), options=options)
+    values = {"dataset.train.epoch_size": size, "dataset.train.pseudo_labels": labels, "options.stages": "last"}
+    return replaced(config, values)
 
 
 def whole_batches(length: int, total: int) -> int:
