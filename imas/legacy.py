@@ -67,10 +67,8 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
     "trainer.unsupervised.threshold": lambda value: max(value, 0.0),  # AugSeg's: below 0 every pixel is kept
 }
 
-# What a section of a former file means where a key is not there: section → keys.
-_IMPLIED: dict[str, dict[str, dict[str, Any]]] = {
-    "augseg": {"dataset.train.strong_aug": {"type": "narrow_pool", "random_number": True}}
-}
+# What AugSeg's files mean by a section of strong views that lacks these keys.
+_AUGSEG_CODE = {"dataset.train.strong_aug.type": "narrow_pool", "dataset.train.strong_aug.random_number": True}
 # Keys that only AugSeg's files have.
 _OF_AUGSEG = (
     "trainer.unsupervised.use_cutmix_adaptive",
@@ -145,9 +143,6 @@ _IGNORED_BY: dict[str, dict[str, tuple | None]] = {
     },
 }
 
-# The authors' baseline leaves out the last short batch of an epoch on Cityscapes, and trains on it on Pascal.
-_DROP_LAST = "dataset.train.drop_last"
-
 
 def method_of(raw: dict[str, Any]) -> str:
     """The method of a file that has no section of a method: its ``method`` key, or what follows from its other keys."""
@@ -185,9 +180,8 @@ def unfolded(raw: dict[str, Any], reader: Reader) -> tuple[dict[str, Any], list[
     for key, value in raw.items():  # what is no key of theirs
         _move(sections, key, key, value, reader, [])
     for key, value in implied.items():
-        if get(sections, key) is MISSING and value is not None:
-            put(sections, key, value)
-            remarks.append(f"{key}: {show(value)}, as in UniMatch's code")
+        if value is not None:
+            _imply(sections, key, value, "as in UniMatch's code", remarks)
     return sections, remarks
 
 
@@ -228,20 +222,18 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
     if former:
         raw.pop("method", None)
         sup_only = method == "sup_only" and get(raw, "dataset.type") == "cityscapes"
-        if sup_only and get(raw, _DROP_LAST) is MISSING and isinstance(get(raw, "dataset.train"), dict):
-            put(raw, _DROP_LAST, True)
-            remarks.append(f"{_DROP_LAST}: true, as the authors train on Cityscapes without unlabeled images")
+        if sup_only and isinstance(get(raw, "dataset.train"), dict):
+            why = "as the authors train on Cityscapes without unlabeled images"
+            _imply(raw, "dataset.train.drop_last", True, why, remarks)
     for key, today in _FORMER.get(method, {}).items():
         value, section = _pop(raw, key), today.rpartition(".")[0]
         if value is not MISSING:
             _move(raw, key, today, value, reader, remarks)
         if section in reader.written:
             reader.former.setdefault(section, []).append(key.rpartition(".")[2])
-    for section, keys in _IMPLIED.get(method, {}).items() if former else ():
-        there = get(raw, section)
-        for key in keys.keys() - there.keys() if isinstance(there, dict) else ():
-            there[key] = keys[key]
-            remarks.append(f"{section}.{key}: {show(keys[key])}, as all files of {method} mean it")
+    if former and method == "augseg" and isinstance(get(raw, "dataset.train.strong_aug"), dict):
+        for key, value in _AUGSEG_CODE.items():
+            _imply(raw, key, value, "as in AugSeg's code", remarks)
     return raw, remarks
 
 
@@ -296,10 +288,15 @@ def _fill_in(raw: dict[str, Any], method: str, remarks: list[str]) -> None:
     if get(raw, "dataset.train.rand_resize") not in (MISSING, None) and type_ in _U2PL_SIZES:
         implied["dataset.train.resize_base_size"] = _U2PL_SIZES[type_]
     for key, value in implied.items():
-        if get(raw, key) is MISSING:
-            with contextlib.suppress(ValueError):  # not a section: the reader reports it
-                put(raw, key, value)
-            remarks.append(f"{key}: {show(value)}, as in U2PL's code")
+        _imply(raw, key, value, "as in U2PL's code", remarks)
+
+
+def _imply(raw: dict[str, Any], key: str, value: Any, why: str, remarks: list[str]) -> None:
+    """Set a key that is not there."""
+    if get(raw, key) is MISSING:
+        with contextlib.suppress(ValueError):  # not a section: the reader reports it
+            put(raw, key, value)
+        remarks.append(f"{key}: {show(value)}, {why}")
 
 
 def _with_children(key: str, today: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -128,7 +128,8 @@ def _run_all(run: Run, run_log: RunLog, bar: tqdm, keep: Collection[int]) -> Non
                 began = time.monotonic()
                 matrices = evaluation(method.scored(), partial(run.interruption.asked, (epoch + 1) * len(data)))
                 run.evaluating = time.monotonic() - began
-        run.begin_epoch(epoch + 1)
+        run.epoch, run.step, run.scores = epoch + 1, 0, []
+        run.meter.clear()
         if evaluates:
             results, improved = _note_results(run, run_log, matrices, epoch)
             row |= results

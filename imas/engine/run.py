@@ -58,11 +58,6 @@ class Run:
         epoch = iteration // len(self.data)
         return Progress(epoch, self.config.trainer.epochs, iteration, len(self.data), generator)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Nothing of this epoch has been done."""
-        self.epoch, self.step, self.scores = epoch, 0, []
-        self.meter.clear()
-
     def stop_if_asked(self, iteration: int) -> None:
         """Raise ``Interrupted`` where this iteration is not to begin."""
         if self.interruption.stops_before(iteration):

@@ -54,8 +54,8 @@ class Session:
         interruption: Interruption,
     ) -> None:
         self.config, self.lists, self.seed, self.device = config, lists, seed, device
-        self.build, self.finish, self.resume = build, finish, resume
-        self.interruption = interruption
+        self.build, self.finish, self.interruption = build, finish, interruption
+        self.resume, self.by_hand = resume, resume not in ("auto", "never")
         self.inference = Inference(config, device, interruption)
 
     def fit(
@@ -90,10 +90,9 @@ class Session:
         config = dataclasses.replace(config, stage=stage, wants=kind.wants(config.options))
         mark = config.snapshot_dir / _DONE
         found = checkpoint.find_checkpoint(config.snapshot_dir, self._resume(config))
-        by_hand = self.resume not in ("auto", "never")
         if stage and mark.is_file():
             done = self.last(config)
-            if changed := provenance.need_same(done, checkpoint.read(done), config, self.seed, by_hand):
+            if changed := provenance.need_same(done, checkpoint.read(done), config, self.seed, self.by_hand):
                 log.warning("%s", "\n  ".join([f"changed since stage {stage}, which stays as it is:", *changed]))
             log.info("stage %s is done: %s", stage, config.snapshot_dir)
             return config
@@ -116,7 +115,7 @@ class Session:
             device=self.device,
             interruption=self.interruption,
             resumed_from=found,
-            by_hand=by_hand,
+            by_hand=self.by_hand,
             momentum=None if found is not None or momentum is None else (start, momentum),
             keep=keep,
         )
@@ -133,7 +132,7 @@ class Session:
 
     def _resume(self, config: Config) -> str:
         """A checkpoint file resumes the stage that it belongs to; the other stages go on by themselves."""
-        if self.resume in ("auto", "never"):
+        if not self.by_hand:
             return self.resume
         folder, own = Path(self.resume).resolve().parent, config.snapshot_dir.resolve()
         another = folder != own and (config.stage or folder.is_relative_to(own))
