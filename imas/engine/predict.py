@@ -62,8 +62,6 @@ def find_images(words: Sequence[str], save_dir: Path) -> tuple[dict[Path, Path],
     problems, seen = [], set()
     for word in words:
         path = Path(word)
-        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        paths = [Path(match) for match in sorted(glob.glob(word, recursive=True)) if os.path.isfile(match)]
         if path.is_file():
             base, paths = Path(os.path.commonpath(folders)), [Path(os.path.abspath(path))]
         elif path.is_dir():
@@ -73,6 +71,9 @@ def find_images(words: Sequence[str], save_dir: Path) -> tuple[dict[Path, Path],
                 shown = ", ".join(others[:_SHOWN]) + (" ..." if len(others) > _SHOWN else "")
                 log.warning("%s: no images by their suffix, left out: %d files (%s)", path, len(others), shown)
             base, paths = path, [path / name for name in names if is_image(name)]
+        else:
+            base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+            paths = [Path(match) for match in sorted(glob.glob(word, recursive=True)) if os.path.isfile(match)]
         paths = [path for path in paths if not any(path.resolve().is_relative_to(folder) for folder in outputs)]
         if not paths:
             kind = "folder without images" if Path(word).is_dir() else "no such file"

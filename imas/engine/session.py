@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,33 +31,22 @@ log = logging.getLogger("imas")
 _DONE = "done"  # the file that marks a finished stage, beside its checkpoints
 
 
+@dataclass
 class Session:
-    """What a method's ``run`` trains with.
+    """What a method's ``run`` trains with."""
 
-    Args:
-        config: of the experiment.
-        lists: its images.
-        build: (config, method class, whether to load pretrained encoders) → method.
-        finish: called with the configuration of each stage that has ended, on the main process.
-        resume: ``auto``, ``never`` or a checkpoint file: see ``checkpoint.find_checkpoint``.
-    """
+    config: Config  # of the experiment
+    lists: Lists
+    seed: int
+    device: torch.device
+    build: Callable[[Config, type[Method], bool], Method]  # the last argument: whether to load pretrained encoders
+    finish: Callable[[Config], None]  # called with the configuration of a stage that has ended, on the main process
+    resume: str  # ``auto``, ``never`` or a checkpoint file: see ``checkpoint.find_checkpoint``
+    interruption: Interruption
 
-    def __init__(
-        self,
-        config: Config,
-        lists: Lists,
-        *,
-        seed: int,
-        device: torch.device,
-        build: Callable[[Config, type[Method], bool], Method],
-        finish: Callable[[Config], None],
-        resume: str,
-        interruption: Interruption,
-    ) -> None:
-        self.config, self.lists, self.seed, self.device = config, lists, seed, device
-        self.build, self.finish, self.interruption = build, finish, interruption
-        self.resume, self.by_hand = resume, resume not in ("auto", "never")
-        self.inference = Inference(config, device, interruption)
+    def __post_init__(self) -> None:
+        self.by_hand = self.resume not in ("auto", "never")
+        self.inference = Inference(self.config, self.device, self.interruption)
 
     def fit(
         self,
