@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     lists = prepare(config, resume, options.seed, options.check)
     if options.check:
         if distributed.is_main():
-            report(config, lists, options.seed)
+            show_recipe(config, lists, options.seed)
         return
     with distributed.process_group() as device, interruptible() as interruption:
         distributed.agree(provenance.identity(config, options.seed))
@@ -138,8 +138,8 @@ def _check_batch(config: Config) -> None:
         )
 
 
-def report(config: Config, lists: Lists, seed: int) -> None:
-    """What ``--check`` prints: the resolved recipe, iterations, and what differs from the reference batch."""
+def show_recipe(config: Config, lists: Lists, seed: int) -> None:
+    """Print, for ``--check``, the resolved recipe, iterations, and differences from the reference batch."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     data = TrainingData(replaced(config, {"dataset.cache": False}), lists, seed, 0, world)  # counted, not read
     log.info("the resolved recipe of %s:\n%s", config.path, yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip())

@@ -282,7 +282,7 @@ def _is_of_u2pl(raw: dict[str, Any], method: str) -> bool:
 
 
 def _fill_in(raw: dict[str, Any], method: str, remarks: list[str]) -> None:
-    """What a file of U2PL's leaves to its code."""
+    """Set the keys that a file of U2PL's leaves to its code."""
     type_, encoder = get(raw, "dataset.type"), get(raw, "net.encoder.type")
     implied = (_U2PL_CODE if method == "u2pl" else {}) | {"net.encoder.pretrain": f"pretrained/{encoder}.pth"}
     if get(raw, "dataset.train.rand_resize") not in (MISSING, None) and type_ in _U2PL_SIZES:

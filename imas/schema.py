@@ -1,4 +1,4 @@
-"""What an experiment is: every section and key, with type, default and allowed values, as frozen dataclasses.
+"""Every section and key of an experiment, with type, default and allowed values, as frozen dataclasses.
 
 The section of the method is not here: each method has its options beside its code (``Method.Options``). Former names of
 keys are in ``legacy.py``.
@@ -20,7 +20,7 @@ RANGE = (lambda pair: 0 < pair[0] <= pair[1], "[low, high] with 0 < low <= high"
 
 
 class Wants(NamedTuple):
-    """What a method needs of each batch."""
+    """The needs of a method, of each batch."""
 
     unlabeled: bool = False  # unlabeled images, in weak views
     strong: int = 0  # strong views of each unlabeled crop

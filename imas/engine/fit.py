@@ -38,7 +38,7 @@ from .log import RunLog, one_line, set_aside, spoken, tag
 from .meter import Clock, Meter, NonFiniteLoss
 from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
 from .run import Run, resume, save, to_device
-from .show import report, show_progress, write_scores
+from .show import show_progress, show_results, write_scores
 
 log = logging.getLogger("imas")
 
@@ -150,7 +150,7 @@ def _run_all(run: Run, run_log: RunLog, bar: tqdm, keep: Collection[int]) -> Non
         matrices = evaluation(method.scored())
     if distributed.is_main():
         bar.clear()
-        report(run, matrices, evaluation)
+        show_results(run, matrices, evaluation)
 
 
 @contextlib.contextmanager

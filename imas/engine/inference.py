@@ -1,4 +1,4 @@
-"""What a method does with trained networks between two trainings: it scores, shows and labels training images."""
+"""Scores, pictures and labels of training images by trained networks, between two trainings."""
 
 from __future__ import annotations
 

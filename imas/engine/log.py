@@ -147,7 +147,7 @@ def tag(column: str) -> str:
 
 
 def one_line(values: Mapping[str, float]) -> str:
-    """What a person reads of a step's columns: losses, share of pixels that pass, score, rate of the encoder, pace."""
+    """Columns of a step for a log line: losses, share of pixels that pass, score, rate of the encoder, pace."""
     words = [f"{name} {value:.3g}" for name, value in values.items() if name.startswith("loss")]
     words += [f"pseudo {100 * values['pseudo']:.0f} %"] if "pseudo" in values else []
     words += [f"score {values['score']:.2f}"] if "score" in values else []

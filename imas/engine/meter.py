@@ -73,7 +73,7 @@ class Meter:
 
 
 class Clock:
-    """How long iterations take, from its making on, and how much of that is waiting for data."""
+    """Seconds of iterations since the clock was made, and those of waiting for data among them."""
 
     def __init__(self) -> None:
         self.began, self.waited, self.iterations = time.perf_counter(), 0.0, 0

@@ -47,12 +47,12 @@ def total_batch(config: Config, world: int) -> int:
 
 
 def lr_factor(config: Config, world: int) -> float:
-    """What ``trainer.scale_lr`` multiplies every rate with: total batch / reference batch, else 1."""
+    """The factor of every rate by ``trainer.scale_lr``: total batch / reference batch, else 1."""
     return total_batch(config, world) / config.trainer.reference_batch if config.trainer.scale_lr else 1.0
 
 
 def explain_batch(config: Config, world: int) -> list[str]:
-    """What differs from the batch that the recipe was made for, and what can be done; empty where nothing does."""
+    """Differences from the batch that the recipe was made for, each with its remedy."""
     trainer, batch = config.trainer, config.dataset.train.batch_size
     total, reference, lines = total_batch(config, world), trainer.reference_batch, []
     if trainer.accumulate > 1:

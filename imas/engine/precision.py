@@ -1,4 +1,4 @@
-"""How a training step computes: number format, memory layout, compilation, recomputation (section ``trainer``)."""
+"""Computation of a training step: number format, memory layout, compilation, recomputation (section ``trainer``)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def autocast(trainer: Trainer, device: torch.device) -> torch.autocast:
 
 
 def make_scaler(trainer: Trainer, device: torch.device) -> torch.amp.GradScaler:
-    """What keeps small float16 gradients from vanishing, and skips updates of infinite ones; idle without fp16."""
+    """Keeps small float16 gradients from vanishing, and skips updates of infinite ones; idle without fp16."""
     return torch.amp.GradScaler(device.type, enabled=trainer.amp == "fp16")
 
 

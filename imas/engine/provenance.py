@@ -1,4 +1,4 @@
-"""What a run was: command line, seed, versions, machines, lists. In ``log/run.yaml`` and in every checkpoint."""
+"""Provenance of a run: command line, seed, versions, machines, lists. In ``log/run.yaml`` and in every checkpoint."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def in_numbers(config: Config, lists: Lists, iterations: int, world: int) -> str
 
 
 def identity(config: Config, seed: int) -> dict[str, str]:
-    """What makes ranks one run, as text by name: seed, folder, commit, versions, and every key of the recipe."""
+    """Whatever ranks of one run share, as text by name: seed, folder, commit, versions, and every key of the recipe."""
     texts = {"seed": seed, "run folder": config.folder.resolve(), "commit": git_commit()}
     texts |= {name: version(name) for name in PACKAGES}
     return {name: str(text) for name, text in (texts | dotted(config.to_dict())).items()}

@@ -1,4 +1,4 @@
-"""How far a run is: held in one place, saved, and resumed."""
+"""The state of a run: held in one place, saved, and resumed."""
 
 from __future__ import annotations
 

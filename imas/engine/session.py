@@ -33,7 +33,7 @@ _DONE = "done"  # the file that marks a finished stage, beside its checkpoints
 
 @dataclass
 class Session:
-    """What a method's ``run`` trains with."""
+    """Trains the stages of a method, called by its ``run``."""
 
     config: Config  # of the experiment
     lists: Lists

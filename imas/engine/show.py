@@ -1,4 +1,4 @@
-"""What a run shows: scores, pictures every few epochs, and a summary at its end. By the main process."""
+"""Scores of a run, pictures every few epochs, and a summary at its end, by the main process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def show_progress(run: Run, evaluation: Evaluation, run_log: RunLog) -> None:
     _draw(run, evaluation, {}, show)
 
 
-def report(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation) -> None:
+def show_results(run: Run, matrices: dict[str, ConfusionMatrix], evaluation: Evaluation) -> None:
     """At the end: log the table of the selecting network and all paths; write all figures and pictures."""
     config, names = run.config, evaluation.catalog.class_names
     selecting = next(iter(matrices))
@@ -104,7 +104,7 @@ def _chosen(names: list[str], scores: dict[str, tuple[int, float]]) -> dict[int,
 def _look(
     run: Run, evaluation: Evaluation, scores: dict[str, tuple[int, float]]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """What the method makes of some training images, cropped and coloured the same way at every call, and captions.
+    """The method's look at some training images, cropped and coloured the same way at every call, and captions.
 
     Args:
         scores: epoch and score of unlabeled images by name; those with extreme scores are shown.

@@ -35,7 +35,7 @@ class Options:
 
 
 class Draws(NamedTuple):
-    """What the mixing of one batch draws, on its device."""
+    """Random numbers of the mixing of one batch, on its device."""
 
     partner: Tensor  # (B,) int64, a permutation: whose patches, labeled and unlabeled, each image takes
     labeled_box: Tensor  # (B, H, W) bool
@@ -44,7 +44,7 @@ class Draws(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """What the student learns from unlabeled images."""
+    """Unlabeled images as the student sees them."""
 
     image: Tensor  # (B, 3, H, W)
     pseudo: Prediction  # its label may be 255, from labeled patches
@@ -149,7 +149,7 @@ class AugSeg(StudentTeacher):
         return Mixed(image, Prediction(label, confidence), injected)
 
     def draw(self, strong: Tensor, generator: torch.Generator) -> Draws:
-        """What the mixing draws (steps 6a and 6b): labeled patches are small, unlabeled ones large."""
+        """Draw for the mixing (steps 6a and 6b): labeled patches are small, unlabeled ones large."""
         batch, _, height, width = strong.shape
         partner = torch.randperm(batch, generator=generator)
         boxes = [

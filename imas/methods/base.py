@@ -41,7 +41,7 @@ class Unlabeled(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far training is. A step is a pure function of weights, batch and progress."""
+    """The place of a step in the training. A step is a pure function of weights, batch and progress."""
 
     epoch: int
     epochs: int
@@ -87,12 +87,12 @@ class Method(nn.Module):
 
     @classmethod
     def wants(cls, options: Any) -> Wants:
-        """What each batch has to bring."""
+        """The needs of the method, of each batch."""
         return Wants()
 
     @classmethod
     def check(cls, config: Config) -> dict[str, str]:
-        """What this method needs and the configuration does not give: dotted key → what is wrong."""
+        """Needs of this method that the configuration does not meet: dotted key → what is wrong."""
         return {}
 
     @classmethod
@@ -130,11 +130,11 @@ class Method(nn.Module):
         return self.networks()
 
     def extra_bytes(self) -> int:
-        """How large ``get_extra_state`` may become."""
+        """The largest size of ``get_extra_state``."""
         return 0
 
     def look(self, labeled: Labeled, unlabeled: Unlabeled | None, progress: Progress) -> dict[str, Tensor]:
-        """What a step makes of a batch, as titled columns of pictures: (B, 3, H, W) float, normalised images;
+        """Views and labels of a batch in a step, as titled columns of pictures: (B, 3, H, W) float, normalised images;
         (B, H, W) integers, classes or 255; (B, H, W) bool, marked pixels; (B,) a number for each image.
         """
         return {}

@@ -84,7 +84,7 @@ class CPS(Method):
         return Step(loss_lb + loss_lb2 + loss_ub, scalars)
 
     def draw(self, weak: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """What CutMix draws: the second unlabeled images, and the masks, True where they are taken (step 1).
+        """Draw for CutMix: the second unlabeled images, and the masks, True where they are taken (step 1).
 
         The second images are those of the batch in another order, in which none keeps its place. The batch is shuffled,
         so that its next image is as good as any.

@@ -32,7 +32,7 @@ class Options:
 
 
 class Target(NamedTuple):
-    """What the student is to predict on a view."""
+    """The labels that the student learns on a view."""
 
     label: Tensor  # (B, H, W) int64
     confidence: Tensor  # (B, H, W) float32
@@ -88,7 +88,7 @@ class FixMatch(Method):
     def prepared(
         self, unlabeled: Unlabeled, generator: torch.Generator
     ) -> tuple[Target | None, Target, list[Tensor], list[Tensor]]:
-        """What a step begins with (steps 1 and 2).
+        """Boxes, mixed images and targets, before the student's pass (steps 1 and 2).
 
         Returns:
             Targets of the weak views, if the teacher gives them; those of their partners; for each strong view the

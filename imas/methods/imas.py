@@ -25,7 +25,7 @@ def _ordered(pair: Any) -> Any:
 
 @dataclass(frozen=True)
 class HardnessOptions:
-    """What the score decides (spec, The score; steps 5 and 6)."""
+    """Uses of the score (spec, The score; steps 5 and 6)."""
 
     version: int = option(1, check=(lambda version: version in (1, 2), "1 or 2"))
     weight_loss: bool = True
@@ -65,7 +65,7 @@ class Mixed(NamedTuple):
 
 
 class Views(NamedTuple):
-    """What becomes of unlabeled images before the student trains on them (spec, steps 2 to 6)."""
+    """Unlabeled images, predicted, scored and augmented for the student (spec, steps 2 to 6)."""
 
     student: Prediction  # of the weak views
     teacher: Prediction  # likewise

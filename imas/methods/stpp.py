@@ -229,7 +229,7 @@ def mutual_miou(one: Tensor, other: Tensor, num_classes: int) -> float:
 
 
 def reliability(maps: Sequence[Tensor], num_classes: int) -> float:
-    """How well early maps of an image agree with the last: the mean of their mIoU, in [0, 1]."""
+    """Agreement of the early maps of an image with the last: the mean of their mIoU, in [0, 1]."""
     return sum(mutual_miou(each, maps[-1], num_classes) for each in maps[:-1]) / (len(maps) - 1)
 
 

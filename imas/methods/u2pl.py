@@ -57,7 +57,7 @@ class Options:
 
 
 class Pixels(NamedTuple):
-    """What a network makes of a batch of images, each (B, …, h, w) float32."""
+    """A network's outputs for a batch of images, each (B, …, h, w) float32."""
 
     coarse: Tensor  # logits
     coarse_aux: Tensor | None
@@ -65,7 +65,7 @@ class Pixels(NamedTuple):
 
 
 class Sure(NamedTuple):
-    """How the pixels of the mixed images are divided by entropy, each (B, H, W) bool."""
+    """The pixels of the mixed images, divided by entropy, each (B, H, W) bool."""
 
     kept: Tensor  # they have a pseudo label
     low: Tensor  # the lowest entropies, positives of their class
