@@ -20,7 +20,7 @@ RANGE = (lambda pair: 0 < pair[0] <= pair[1], "[low, high] with 0 < low <= high"
 
 
 class Wants(NamedTuple):
-    """The needs of a method, of each batch."""
+    """The parts of a batch that a method needs."""
 
     unlabeled: bool = False  # unlabeled images, in weak views
     strong: int = 0  # strong views of each unlabeled crop

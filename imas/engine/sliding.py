@@ -19,7 +19,7 @@ log = logging.getLogger("imas")
 
 
 class Protocol(NamedTuple):
-    """The views of an image that a prediction averages. Every reported mIoU names it."""
+    """The way images are predicted. Every reported mIoU names it."""
 
     window: int | None  # side in pixels, at least 2; None: one window as large as the image
     flip: bool = False  # average with the mirrored image

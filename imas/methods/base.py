@@ -41,7 +41,7 @@ class Unlabeled(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """The place of a step in the training. A step is a pure function of weights, batch and progress."""
+    """The place of a step in training. A step is a pure function of weights, batch and progress."""
 
     epoch: int
     epochs: int
@@ -87,7 +87,7 @@ class Method(nn.Module):
 
     @classmethod
     def wants(cls, options: Any) -> Wants:
-        """The needs of the method, of each batch."""
+        """The parts of a batch that the method needs."""
         return Wants()
 
     @classmethod
