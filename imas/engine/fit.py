@@ -117,7 +117,7 @@ def _run_all(run: Run, run_log: RunLog, bar: tqdm, keep: Collection[int]) -> Non
     health = Health(config, len(data), evaluation.catalog.class_names, selecting, run_log.rows)
     matrices: dict[str, ConfusionMatrix] = {}
     for epoch in range(run.epoch, epochs):
-        evaluates, improved = (epoch + 1) % config.trainer.eval_every == 0 or epoch + 1 == epochs, False
+        evaluates, improved = _is_due(config.trainer.eval_every, epoch + 1, epochs), False
         with _saved(run):
             updates = data.epoch(epoch, method.needs_unlabeled(epoch), run.step)
             with precision.tuned_kernels(), contextlib.closing(updates):  # its workers end, however the epoch ends
@@ -143,7 +143,7 @@ def _run_all(run: Run, run_log: RunLog, bar: tqdm, keep: Collection[int]) -> Non
             checkpoint.save(state, config.snapshot_dir / checkpoint.kept(epoch + 1))
         if evaluates:
             save(run, improved)
-        if run_log.writer is not None and run.pictures_due():
+        if run_log.writer is not None and _is_due(config.saver.pictures_every, run.epoch, epochs):
             show_progress(run, evaluation, run_log)
     if not matrices:
         log.info("all %d epochs were done before; to train anew, name another folder with --out", epochs)
@@ -151,6 +151,11 @@ def _run_all(run: Run, run_log: RunLog, bar: tqdm, keep: Collection[int]) -> Non
     if distributed.is_main():
         bar.clear()
         show_results(run, matrices, evaluation)
+
+
+def _is_due(every: int | None, epoch: int, epochs: int) -> bool:
+    """Whether something is due after this number of epochs: every so often, and at the end."""
+    return every is not None and (epoch % every == 0 or epoch == epochs)
 
 
 @contextlib.contextmanager

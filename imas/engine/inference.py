@@ -154,7 +154,12 @@ class Inference:
         copied = set(known[1])
         for name in mine:
             if name in copied:
-                _copy(label_path(known[0], name), label_path(torn, name))
+                source, target = label_path(known[0], name), label_path(torn, name)
+                if not source.is_file():
+                    raise UserError(f"{source}: no such file; the label was written there, and is needed again")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(target) as temporary:
+                    shutil.copyfile(source, temporary)
         for name, image in self.images([name for name in mine if name not in copied]):
             write_labels(label_path(torn, name), predict(network, image)[0].byte().cpu().numpy(), palette)
         distributed.barrier()
@@ -163,14 +168,6 @@ class Inference:
         distributed.barrier()
         log.info("labels:       %s", folder)
         return folder
-
-
-def _copy(path: Path, target: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; the label was written there, and is needed again")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
-        shutil.copyfile(path, temporary)
 
 
 def _has(labels: FileSource, name: str) -> bool:

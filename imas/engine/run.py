@@ -63,11 +63,6 @@ class Run:
         if self.interruption.stops_before(iteration):
             raise Interrupted(f"before iteration {iteration} (epoch {self.epoch})")
 
-    def pictures_due(self) -> bool:
-        """Whether the epochs done end with pictures (``saver.pictures_every``)."""
-        every = self.config.saver.pictures_every
-        return every is not None and (self.epoch % every == 0 or self.epoch == self.config.trainer.epochs)
-
     def save_due(self) -> bool:
         """Whether the last checkpoint is older than ``saver.save_every``, by the clock of rank 0."""
         every = self.config.saver.save_every
