@@ -158,7 +158,7 @@ def _killed_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, call:
     [
         (inference, "write_labels", 3),  # while the reliable images get labels
         (inference, "write_labels", 12),  # and the others
-        (inference, "_copy", 5),
+        (inference.shutil, "copyfile", 5),
         (inference.os, "replace", 9),  # of a file or a folder
         (checkpoint, "save", 2),  # a network that is kept
         (checkpoint, "save", 9),
