@@ -243,12 +243,8 @@ def _load_momentum(optimizer: torch.optim.Optimizer, state: dict[str, Any] | Non
 
 
 def take_momentum(optimizer: torch.optim.Optimizer, path: Path, network: str) -> None:
-    """Give an optimiser of one network the running averages that another one, of several networks, has of it.
-
-    Args:
-        optimizer: over ``optim.param_groups`` of the network alone.
-        path: a checkpoint of the other run.
-        network: its name there.
+    """Give an optimiser over ``optim.param_groups`` of one network the running averages that a checkpoint of several
+    networks has of it.
 
     Raises:
         UserError: see ``read``.

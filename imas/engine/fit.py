@@ -53,17 +53,17 @@ def fit(
     seed: int,
     device: torch.device,
     interruption: Interruption,
-    resumed_from: Path | None = None,
-    by_hand: bool = False,
-    momentum: tuple[Path, str] | None = None,
-    keep: Collection[int] = (),
+    resumed_from: Path | None,
+    by_hand: bool,
+    momentum: tuple[Path, str] | None,
+    keep: Collection[int],
 ) -> None:
     """Train, evaluate, log and save.
 
     Args:
         method: on ``device``, with the weights to start with.
         resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
-        by_hand: that file was named, so that a run goes on from it with another recipe, too.
+        by_hand: that file was named (``provenance.need_same``).
         momentum: a checkpoint of another method and the network whose momentum is taken from there.
         keep: numbers of epochs, from 1, after which the trained networks are saved to stay (``checkpoint.kept``).
 

@@ -82,7 +82,7 @@ def steers(line: str) -> bool:
     return not line.startswith(_ASIDE)
 
 
-def need_same(path: Path, state: dict[str, Any], config: Config, seed: int, by_hand: bool = False) -> list[str]:
+def need_same(path: Path, state: dict[str, Any], config: Config, seed: int, by_hand: bool) -> list[str]:
     """See that a checkpoint is of this run; what has changed in its recipe all the same, as lines of ``changes``.
 
     Args:

@@ -107,14 +107,11 @@ def save(run: Run, improved: bool) -> None:
         log.info("saved after %d updates of epoch %d: %s", run.step, run.epoch, path)
 
 
-def resume(run: Run, path: Path, by_hand: bool = False) -> None:
+def resume(run: Run, path: Path, by_hand: bool) -> None:
     """Set a run to the state of a checkpoint, and log what has changed since then.
 
-    Args:
-        by_hand: the file was named, so that the run goes on with another recipe, too.
-
     Raises:
-        UserError: it cannot be used; it is of another recipe, unless by hand.
+        UserError: it cannot be used; it is of another run (``provenance.need_same``).
     """
     state, path = checkpoint.read_or_previous(path)
     recipe = provenance.need_same(path, state, run.config, run.seed, by_hand)
