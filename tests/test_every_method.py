@@ -77,10 +77,10 @@ def test_two_ranks_keep_equal_weights(config: Path, tmp_path: Path) -> None:
         from imas import distributed
         from imas.engine import session
         fit = session.fit
-        def watched(method, config, *words, **named):
-            fit(method, config, *words, **named)
-            weights = {{name: dict(network.named_parameters()) for name, network in method.networks().items()}}
-            torch.save(weights, f"{{sys.argv[1]}}-{{config.stage}}-{{distributed.rank()}}")
+        def watched(run, keep):
+            fit(run, keep)
+            weights = {{name: dict(network.named_parameters()) for name, network in run.method.networks().items()}}
+            torch.save(weights, f"{{sys.argv[1]}}-{{run.config.stage}}-{{distributed.rank()}}")
         session.fit = watched
         train_semi.main(sys.argv[2:])
         """)

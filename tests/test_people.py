@@ -26,6 +26,7 @@ from imas import build_model, distributed, load_config
 from imas.data.check import check_data, examine
 from imas.data.folder import files, find
 from imas.data.lists import read_list, read_lists
+from imas.data.loaders import TrainingData
 from imas.data.source import DataError, existing, read_image
 from imas.engine import checkpoint, fit, log, predict, provenance
 from imas.engine.interrupt import interruptible
@@ -454,13 +455,13 @@ def test_whatever_ends_a_run_leaves_a_checkpoint(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(fit.Evaluation, "__call__", lambda *_: (_ for _ in ()).throw(error))
     else:
         error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-        epoch = fit.TrainingData.epoch
+        epoch = TrainingData.epoch
 
         def broken(*arguments: object) -> object:
             yield next(epoch(*arguments))
             raise error
 
-        monkeypatch.setattr(fit.TrainingData, "epoch", broken)
+        monkeypatch.setattr(TrainingData, "epoch", broken)
     with pytest.raises(type(error), match=str(error).split("(")[0]):
         _train(tmp_path, *words)
     state = checkpoint.read(tmp_path / "run/checkpoints/ckpt.pth")

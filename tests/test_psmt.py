@@ -18,7 +18,7 @@ import train_semi
 from imas import load_config
 from imas.data.lists import Lists
 from imas.data.loaders import TrainingData
-from imas.engine import checkpoint, fit
+from imas.engine import checkpoint
 from imas.engine.interrupt import Interrupted, Interruption
 from imas.engine.optim import build_optimizer, learning_rate, param_groups
 from imas.errors import ConfigError
@@ -229,7 +229,7 @@ def test_killed_in_any_phase_it_goes_on_bitwise(written: Callable[..., Path], mo
     """In the middle of the warm-up, between two epochs of it, at its end, and in the middle of the main stage."""
     taken: list[tuple] = []
     take = checkpoint.take_momentum
-    monkeypatch.setattr(fit.checkpoint, "take_momentum", lambda *words: taken.append(words[1:]) or take(*words))
+    monkeypatch.setattr(checkpoint, "take_momentum", lambda *words: taken.append(words[1:]) or take(*words))
     straight, killed = written("straight"), written("killed")
     train_semi.main(["--config", str(straight)])
     assert taken == [(straight.parent / "checkpoints" / "warm_up" / "ckpt.pth", "student")]

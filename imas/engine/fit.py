@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,24 +19,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import distributed
-from ..data.catalog import catalog_of
-from ..data.lists import Lists
-from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
 from ..data.splits import describe_lists
 from ..legacy import COLUMNS
-from ..methods.base import Method
 from ..models.sync_bn import synchronise
 from ..ops.metrics import ConfusionMatrix
-from ..schema import Config
 from . import checkpoint, precision, provenance
 from .evaluate import Evaluation
 from .health import Health
-from .interrupt import Interrupted, Interruption
-from .log import RunLog, one_line, set_aside, spoken, tag
-from .meter import Clock, Meter, NonFiniteLoss
-from .optim import build_optimizer, explain_batch, learning_rate, lr_factor, param_groups
-from .run import Run, resume, save, to_device
+from .interrupt import Interrupted
+from .log import RunLog, one_line, spoken, tag
+from .meter import Clock, NonFiniteLoss
+from .optim import explain_batch, learning_rate
+from .run import Run, save, to_device
 from .show import show_progress, show_results, write_scores
 
 log = logging.getLogger("imas")
@@ -45,61 +39,22 @@ log = logging.getLogger("imas")
 _LOGS_PER_EPOCH = 8  # but none more often than every ten iterations
 
 
-def fit(
-    method: Method,
-    config: Config,
-    lists: Lists,
-    *,
-    seed: int,
-    device: torch.device,
-    interruption: Interruption,
-    resumed_from: Path | None,
-    by_hand: bool,
-    momentum: tuple[Path, str] | None,
-    keep: Collection[int],
-) -> None:
+def fit(run: Run, keep: Collection[int]) -> None:
     """Train, evaluate, log and save.
 
     Args:
-        method: on ``device``, with the weights to start with.
-        resumed_from: the checkpoint to go on from (``checkpoint.find_checkpoint``).
-        by_hand: that file was named (``provenance.need_same``).
-        momentum: a checkpoint of another method and the network whose momentum is taken from there.
         keep: numbers of epochs, from 1, after which the trained networks are saved to stay (``checkpoint.kept``).
 
     Raises:
         NonFiniteLoss: naming the iteration and the losses.
-        UserError: a checkpoint that cannot be resumed.
     """
-    world = distributed.world_size()
-    data = TrainingData(config, lists, seed, distributed.rank(), world)
-    precision.prepare(method, config.trainer, device)
-    options = config.trainer.optimizer
-    groups = param_groups(method.trained(), options.kwargs.decay)
-    optimizer = build_optimizer(groups, options, lr_factor(config, world))
-    if momentum is not None:
-        checkpoint.take_momentum(optimizer, *momentum)
-    meter = Meter(catalog_of(config.dataset).class_names)
-    description = provenance.describe(config, lists, seed, world) | {
-        "iterations_per_epoch": len(data),
-        "parameters": {
-            name: sum(weight.numel() for weight in network.parameters()) for name, network in method.scored().items()
-        },
-    }
-    scaler = precision.make_scaler(config.trainer, device)
-    run = Run(config, lists, seed, device, method, data, optimizer, scaler, meter, description, interruption)
-    if resumed_from is not None:
-        resume(run, resumed_from, by_hand)
-    elif distributed.is_main():
-        set_aside(config.folder, config.stage)
-    source = "none" if resumed_from is None else resumed_from.name
-    distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
-    done = run.epoch * len(data) + run.step
+    config, length = run.config, len(run.data)
+    done = run.epoch * length + run.step
     board = config.folder / config.stage if config.saver.use_tb else None
-    run_log = RunLog(config.log_dir, board, run.epoch, map(column, method.scored()), done)
+    run_log = RunLog(config.log_dir, board, run.epoch, map(column, run.method.scored()), done)
     _announce(run, run_log)
     bar = tqdm(
-        total=config.trainer.epochs * len(data), initial=done, unit="it", leave=False, dynamic_ncols=True,
+        total=config.trainer.epochs * length, initial=done, unit="it", leave=False, dynamic_ncols=True,
         mininterval=1.0, disable=None if distributed.is_main() else True,
     )  # fmt: skip
     with contextlib.closing(run_log), bar:

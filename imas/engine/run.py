@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..data.catalog import catalog_of
 from ..data.lists import Lists
 from ..data.loaders import TrainingData
 from ..data.normalise import Normalise
 from ..methods.base import Labeled, Method, Progress, Unlabeled
 from ..schema import Config
-from . import checkpoint, provenance
+from . import checkpoint, precision, provenance
 from .interrupt import Interrupted, Interruption
 from .meter import Meter
-from .optim import total_batch
+from .optim import build_optimizer, lr_factor, param_groups, total_batch
 
 log = logging.getLogger("imas")
 
@@ -33,12 +34,7 @@ class Run:
     lists: Lists
     seed: int
     device: torch.device
-    method: Method
-    data: TrainingData
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    meter: Meter  # of the epoch
-    description: dict  # what, with what, on what: see ``provenance``
+    method: Method  # on the device, with the weights to start with
     interruption: Interruption  # whether to stop
     epoch: int = 0  # epochs done
     step: int = 0  # updates done in the epoch after these
@@ -49,6 +45,23 @@ class Run:
     pace: float | None = None  # seconds an iteration, as lately
     evaluating: float = 0.0  # seconds that the last evaluation took
     saved: float = field(default_factory=time.monotonic)  # time of the last checkpoint
+
+    def __post_init__(self) -> None:
+        config, method, world = self.config, self.method, distributed.world_size()
+        self.data = TrainingData(config, self.lists, self.seed, distributed.rank(), world)
+        precision.prepare(method, config.trainer, self.device)
+        options = config.trainer.optimizer
+        groups = param_groups(method.trained(), options.kwargs.decay)
+        self.optimizer = build_optimizer(groups, options, lr_factor(config, world))
+        self.scaler = precision.make_scaler(config.trainer, self.device)
+        self.meter = Meter(catalog_of(config.dataset).class_names)  # of the epoch
+        self.description = provenance.describe(config, self.lists, self.seed, world) | {
+            "iterations_per_epoch": len(self.data),
+            "parameters": {
+                name: sum(weight.numel() for weight in network.parameters())
+                for name, network in method.scored().items()
+            },
+        }
 
     def progress(self, iteration: int, batch: int = 0) -> Progress:
         """The progress that a batch of this iteration sees, with this rank's own random numbers for it."""

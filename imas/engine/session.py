@@ -23,8 +23,9 @@ from . import checkpoint, provenance
 from .fit import fit
 from .inference import Inference
 from .interrupt import Interrupted, Interruption
-from .log import start_logging
+from .log import set_aside, start_logging
 from .precision import prepare_network
+from .run import Run, resume
 
 log = logging.getLogger("imas")
 
@@ -97,18 +98,17 @@ class Session:
         start_logging(config.log_dir)
         if stage:
             log.info("stage %s begins", stage)
-        fit(
-            method.to(self.device),
-            config,
-            lists,
-            seed=self.seed,
-            device=self.device,
-            interruption=self.interruption,
-            resumed_from=found,
-            by_hand=self.by_hand,
-            momentum=None if found is not None or momentum is None else (start, momentum),
-            keep=keep,
-        )
+        run = Run(config, lists, self.seed, self.device, method.to(self.device), self.interruption)
+        if found is not None:
+            resume(run, found, self.by_hand)
+        else:
+            if momentum is not None:
+                checkpoint.take_momentum(run.optimizer, start, momentum)
+            if distributed.is_main():
+                set_aside(config.folder, stage)
+        source = "none" if found is None else found.name
+        distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
+        fit(run, keep)
         if distributed.is_main():
             self.finish(config)
             if stage:
