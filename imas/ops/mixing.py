@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import reduce
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -70,12 +71,9 @@ def _truncated_normal(low: float, high: float, mean: float, uniform: float) -> f
     sigma = max(mean - low, high - mean) / 3
     if sigma == 0:
         return mean
-    normal = torch.distributions.Normal(
-        torch.tensor(mean, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
-    )
-    ends = normal.cdf(torch.tensor([low, high], dtype=torch.float64))
-    drawn = normal.icdf(ends[0] + (ends[1] - ends[0]) * uniform).item()
-    return min(max(drawn, low), high)
+    normal = NormalDist(mean, sigma)
+    first, last = normal.cdf(low), normal.cdf(high)
+    return min(max(normal.inv_cdf(first + (last - first) * uniform), low), high)
 
 
 def beta_side(generator: torch.Generator, alpha: float = 4.0, beta: float = 4.0) -> float:
@@ -101,18 +99,13 @@ def cutmix_mask(
     clipped to the image.
 
     Args:
-        batch, height, width: B, H, W.
         side: fraction of the image's, in (0, 1], one for the batch.
-        generator: on the CPU.
         device: of the mask.
     """
     rows = torch.randint(height // border, height, (batch,), generator=generator)
     columns = torch.randint(width // border, width, (batch,), generator=generator)
-    return centred_boxes(height, width, side, *_sent(torch.stack([rows, columns]), device))
-
-
-def _sent(numbers: Tensor, device: torch.device | str) -> Tensor:
-    return numbers.to(device, non_blocking=True)
+    centres = torch.stack([rows, columns]).to(device, non_blocking=True)
+    return centred_boxes(height, width, side, *centres)
 
 
 def centred_boxes(height: int, width: int, side: float, rows: Tensor, columns: Tensor) -> Tensor:
@@ -155,7 +148,7 @@ def area_mask(
 
     boxes = [area_box(height, width, draw) if draw() < probability else (0, 0, 0, 0) for _ in range(batch)]
     ends = [(top, left, top + box_height, left + box_width) for top, left, box_height, box_width in boxes]
-    return box_mask(_sent(torch.tensor(ends), device), height, width)
+    return box_mask(torch.tensor(ends).to(device, non_blocking=True), height, width)
 
 
 def share_boxes(
@@ -184,7 +177,7 @@ def share_boxes(
     size = share.new_tensor([height, width])
     sides = (torch.stack([high, share / high], dim=-1) * math.sqrt(1 / 3) * size).round()
     first = ((size - sides) * position).round()
-    first, last = _sent(torch.stack([first, first + sides]), device)
+    first, last = torch.stack([first, first + sides]).to(device, non_blocking=True)
     places = [torch.arange(side, device=device) for side in (height, width)]
     rows, columns = (
         (place >= first[..., i, None]) & (place < last[..., i, None]) for i, place in enumerate(places)
