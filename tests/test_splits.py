@@ -14,7 +14,7 @@ from conftest import run
 from PIL import Image
 
 from imas.data import splits
-from imas.data.draw import draw_splits, drawn, own_images, own_masks
+from imas.data.draw import draw_splits, own_images, own_masks
 from imas.data.lists import read_list
 from imas.data.splits import IncompleteError, Published, describe_lists, digest, make_published, protocol_of
 from imas.errors import UserError
@@ -350,8 +350,11 @@ def test_new_splits_of_own_data(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert {kind: len(part) for kind, part in _drawn_lists(tmp_path / "all").items()} == {"labeled": 15, "unlabeled": 5}
 
 
-def test_samples_of_a_seed_share_val_and_grow() -> None:
-    small, large = (drawn(POOL, count, 5, seed=1) for count in (3, 9))
+def test_samples_of_a_seed_share_val_and_grow(tmp_path: Path) -> None:
+    for count in ("3", "9"):
+        draw_splits(tmp_path / count, POOL, count, "5", seed=1)
+    small, large = (_drawn_lists(tmp_path / count) for count in ("3", "9"))
+    assert len(small["labeled"]) == 3 and len(large["labeled"]) == 9 and len(small["val"]) == 5
     assert small["val"] == large["val"] and set(small["labeled"]) < set(large["labeled"])
     assert not set(large["labeled"]) & set(large["val"])
 
