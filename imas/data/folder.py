@@ -54,24 +54,25 @@ def lists(
     options, found, remarks = dataset.folder, dict(given), {}
     root = Path(dataset.train.data_root)
     val_root = Path(dataset.val.data_root or root)
-    masked: dict[Path, list[str]] = {}  # images with a mask by the root that was looked into
+    trains = "labeled" in (*given, *wanted)
+    roots = ([root] if trains else []) + ([val_root] if "val" in wanted else [])
+    in_folders = {place: find(options, place) for place in roots}
     if "val" in wanted:
-        masked[val_root] = found["val"] = find(options, val_root)[0]
-    if "labeled" in (*given, *wanted):
-        with_mask, without = find(options, root)
-        masked = {root: with_mask} | masked
-        without += _further(options, root)
+        found["val"] = in_folders[val_root][0]
+    if trains:
+        with_mask, without = in_folders[root]
         taken = {plain(name) for name in found["val"]} if val_root == root else set()
         if "labeled" in wanted:
             found["labeled"] = [name for name in with_mask if plain(name) not in taken]
         taken |= {plain(name) for name in (*found["labeled"], *found.get("unlabeled", ()))}
-        rest = [name for name in (*with_mask, *without) if plain(name) not in taken]
+        everything = [*with_mask, *without, *_further(options, root)]
+        rest = [name for name in everything if plain(name) not in taken]
         if "unlabeled" in wanted:
             found["unlabeled"] = rest
         takes_part = "they are unlabeled" if "unlabeled" in wanted else "they take no part"
         remarks[f"images below {root / options.images} are on no list: {takes_part}"] = rest
-    for place, names in masked.items():
-        remarks |= _not_used(options, place, names)
+    for place, (masked, _) in in_folders.items():
+        remarks |= _not_used(options, place, masked)
     together = Together()
     for name in wanted:
         if not found[name]:
