@@ -188,7 +188,10 @@ def sections(result: dict[str, Any]) -> list[Section]:
             rows.append([name, network, *cells, *(_by_seed(figures[which]) for which in _WHICH)])
             name = ""
     found = [Section("mIoU in percent, mean ± standard deviation over seeds", head, rows)]
-    rows = [[arm, *(_cost(entry["cost"][key], key) for key in COSTS)] for arm, entry in arms.items()]
+    rows = []
+    for arm, entry in arms.items():
+        costs = [(entry["cost"][key], form) for key, (_, form) in COSTS.items()]
+        rows.append([arm, *(MISSING if value is None else format(value, form) for value, form in costs)])
     titles = [title for title, _ in COSTS.values()]
     found.append(Section("What it costs, means over seeds", ["method", *titles], rows))
     classes = dict.fromkeys(name for entry in arms.values() for name in entry["iou"])
@@ -219,10 +222,6 @@ def _gain(gain: dict[str, Any] | None) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
-
-
-def _cost(value: float | None, key: str) -> str:
-    return MISSING if value is None else format(value, COSTS[key][1])
 
 
 def markdown(section: Section) -> str:

@@ -42,6 +42,12 @@ class Record:
     starts: list[dict]  # run.yaml
     stages: list[Record]  # log/<stage>/, in the order in which they were trained
 
+    @property
+    def mious(self) -> dict[str, Curve]:
+        """mIoU in percent by network."""
+        columns = {column.removeprefix("miou_"): column for column in self.curves if column.startswith("miou_")}
+        return {NETWORK_NAMES.get(name, name): self.curves[column] for name, column in columns.items()}
+
 
 def read_records(runs: Sequence[Path]) -> list[Record]:
     """Read the runs in folders that contain ``log/``, or in log folders."""
