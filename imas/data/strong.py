@@ -74,14 +74,6 @@ def _drawn(
     return image
 
 
-def _pool(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
-    return _drawn(OPERATIONS, image, options, rng)
-
-
-def _narrow_pool(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
-    return _drawn(NARROW_OPERATIONS, image, options, rng)
-
-
 # name → (image, factor) → image
 _JITTERS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "brightness": TF.adjust_brightness,
@@ -130,8 +122,8 @@ def cutout(
 
 # ``dataset.train.strong_aug.type`` → (image, options, rng) → image
 KINDS: dict[str, Callable[[Image.Image, StrongAug, np.random.Generator], Image.Image]] = {
-    "pool": _pool,
-    "narrow_pool": _narrow_pool,
+    "pool": lambda image, options, rng: _drawn(OPERATIONS, image, options, rng),
+    "narrow_pool": lambda image, options, rng: _drawn(NARROW_OPERATIONS, image, options, rng),
     "jitter": _jitter,
 }
 

@@ -32,11 +32,9 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")  # keys b
 
 # What NumPy's numbers and arrays of numbers are pickled with, by the names of its two generations.
 _NUMPY = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
+_MULTIARRAY = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
 _NUMPY += [
-    (
-        getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, name),
-        f"numpy.{core}.multiarray.{name}",
-    )
+    (getattr(_MULTIARRAY, name), f"numpy.{core}.multiarray.{name}")
     for name in ("scalar", "_reconstruct")
     for core in ("core", "_core")
 ]
