@@ -23,6 +23,7 @@ COSTS: dict[str, tuple[str, str]] = {  # title and format
 }
 _LATEX = {sign: f"\\{sign}" for sign in "#$%&_{}"} | {"−": "$-$", "±": "$\\pm$", "×": "$\\times$", "†": "$\\dagger$"}
 _LATEX |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+_ESCAPES = str.maketrans(_LATEX)
 
 
 class Run(NamedTuple):
@@ -232,14 +233,10 @@ def markdown(section: Section) -> str:
 
 def latex(section: Section, notes: Sequence[str]) -> str:
     """A ``tabular`` without packages, and its notes below it."""
-    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (section.head, *section.rows)]
+    lines = [" & ".join(cell.translate(_ESCAPES) for cell in line) + r" \\" for line in (section.head, *section.rows)]
     body = "\n".join([r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"])
-    below = "".join(f"\n\\par {_escaped(note)}" for note in notes)
+    below = "".join(f"\n\\par {note.translate(_ESCAPES)}" for note in notes)
     return f"\\begin{{tabular}}{{{'l' * len(section.head)}}}\n{body}\n\\end{{tabular}}{below}\n"
-
-
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
 def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ def own_masks(images: Path | None, masks: Path, suffix: str = "") -> Callable[[s
 
 
 def own_images(images: Path, masks: Callable[[str], Path] | None) -> list[str]:
-    """Paths below the folder of all its images, sorted. Masks that lie among them are left out.
+    """Paths below the folder of all its images, sorted. Masks among them are left out.
 
     Raises:
         UserError: a folder that does not exist, or has no image.

@@ -46,7 +46,7 @@ def lists(
     """The lists ``wanted``: images with a mask are labeled, all others unlabeled; none is in two lists.
 
     Returns:
-        The lists; and what is said of files: those that no list names, and those that are not used.
+        The lists; and remarks: sentence → the files that no list names, or that are not used.
 
     Raises:
         UserError: a folder that does not exist or may not be read; no image for one of the lists.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -46,7 +45,7 @@ def index_picture(labels: np.ndarray, palette: Sequence[Colour]) -> Image.Image:
     """
     colours = [*palette, *[(0, 0, 0)] * (_UNSURE - len(palette)), _UNSURE_COLOUR]
     picture = Image.fromarray(labels)
-    picture.putpalette(list(itertools.chain(*colours)))
+    picture.putpalette(bytes(sum(colours, ())))
     return picture
 
 
