@@ -48,10 +48,6 @@ class Plan(NamedTuple):
 class Unfinished(UserError):
     """Some runs have failed or were stopped."""
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
 
 def make_plans(
     arms: Mapping[str, tuple[Path, Sequence[str]]], seeds: Sequence[int], words: Sequence[str], out: Path

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import load_config
 from ..errors import UserError, run_script
-from .check import SHOWN, Unhealthy, examine
+from .check import SHOWN, examine
 from .draw import draw_splits, own_images, own_masks
 from .lists import read_list, read_lists
 from .splits import PUBLISHED, make_published
@@ -74,7 +74,7 @@ def check(options: argparse.Namespace) -> None:
         options.write.write_text("".join(f"{file}\n" for file in files), encoding="utf-8")
         print(f"{len(files)} files: {options.write}")
     if health.wrong:
-        raise Unhealthy(f"{options.config}: something is wrong with the data, see above")
+        raise UserError(f"{options.config}: something is wrong with the data, see above", 1)
     print("nothing is wrong")
 
 

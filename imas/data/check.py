@@ -34,12 +34,6 @@ _FAR = 0.1  # a mean or deviation, in units of 0..1, that differs more from the 
 _EVERY = 4  # pixels between those whose mean and deviation are measured
 
 
-class Unhealthy(UserError):
-    """The data must be mended first."""
-
-    status = 1
-
-
 class Finding(NamedTuple):
     """A sentence about the data; ``wrong``: it must be mended."""
 

@@ -80,12 +80,6 @@ def _lists_of(dataset: str) -> list[str]:
     return [name for name in MANIFEST if name.startswith(f"{dataset}/")]
 
 
-class IncompleteError(UserError):
-    """Some of the published lists could not be had."""
-
-    status = 1
-
-
 # From a name of the manifest to a list and where it comes from; UserError where it cannot be had in this way.
 Way = Callable[[str], tuple[list[str], str]]
 _DONE = {"--root": "made", "--from": "copied", "--download": "downloaded"}
@@ -108,8 +102,8 @@ def make_published(
         force: replace existing lists that differ from the published ones.
 
     Raises:
-        UserError: a folder that does not exist.
-        IncompleteError: lists that could not be had, or that differ and were left alone.
+        UserError: a folder that does not exist; with status 1, lists that could not be had, or that differ and were
+            left alone.
     """
     have: dict[str, list[str]] = {}
     ways: dict[str, Way] = {}
@@ -128,7 +122,7 @@ def make_published(
         print(f"{name:<28} {MANIFEST[name].count:>6}  {remark}")
     if lacking:
         text = f"{lacking} of {len(names)} lists of {dataset} are missing or differ"
-        raise IncompleteError("\n".join([text, *remarks]))
+        raise UserError("\n".join([text, *remarks]), 1)
 
 
 def _complete(name: str, path: Path, ways: dict[str, Way], have: dict[str, list[str]], force: bool) -> tuple[bool, str]:
