@@ -36,7 +36,7 @@ from imas.engine import checkpoint
 from imas.engine.evaluate import Evaluation, figures, format_table, write_csv, write_json
 from imas.engine.log import start_logging
 from imas.engine.pictures import confusion_picture
-from imas.engine.predict import Incomplete, find_images, predict_images
+from imas.engine.predict import find_images, predict_images
 from imas.engine.sliding import Predictor, Protocol
 from imas.errors import Together, UserError, run_script
 from imas.files import replacing
@@ -193,7 +193,7 @@ def predict(
     """Write predictions of image files.
 
     Raises:
-        Incomplete: after all others were written, if files could not be read or would share their outputs.
+        UserError: with status 1, after all others were written: files could not be read or would share their outputs.
     """
     images, problems = find_images(options.images, options.save_dir)
     count = len(images) + len(problems)
@@ -205,7 +205,7 @@ def predict(
         problems += predict_images(network.to(device), images, *how)
     if problems and distributed.is_main():
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise Incomplete(f"{len(problems)} of {count} images have no prediction (all others are written):\n{lines}")
+        raise UserError(f"{len(problems)} of {count} images have no prediction (all others are written):\n{lines}", 1)
 
 
 if __name__ == "__main__":

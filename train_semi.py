@@ -21,7 +21,7 @@ import yaml
 from imas import distributed
 from imas.build import build_method
 from imas.config import load_config
-from imas.data.check import Unhealthy, check_data, examine
+from imas.data.check import check_data, examine
 from imas.data.lists import Lists, read_lists
 from imas.data.loaders import TrainingData
 from imas.engine import checkpoint, lock, provenance
@@ -151,7 +151,7 @@ def show_recipe(config: Config, lists: Lists, seed: int) -> None:
     log.info("data, with %d images of each training list:\n%s", _DECODED, "\n".join([health.table, *health.lines()]))
     log.info("%s", in_numbers(config, lists, len(data), world))
     if health.wrong:
-        raise Unhealthy("something is wrong with the data, see above; python -m imas.data check looks at all of it")
+        raise UserError("something is wrong with the data, see above; python -m imas.data check looks at all of it", 1)
     log.info("checked: nothing is wrong, and nothing was written")
 
 

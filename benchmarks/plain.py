@@ -15,9 +15,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from imas.data import catalog
-from imas.data.dataset import Geometry
 from imas.data.strong import strong_view
-from imas.data.weak import PAD_COLOUR, resized_size
+from imas.data.weak import PAD_COLOUR, Geometry, resized_size
 from imas.schema import StrongAug
 
 _FILES = {"pascal": catalog.pascal_files, "cityscapes": catalog.cityscapes_files}

@@ -20,7 +20,7 @@ from imas.engine.optim import build_optimizer, param_groups
 from imas.methods.base import Labeled, Progress, Unlabeled
 from imas.methods.cps import CPS, Options
 from imas.ops.losses import cross_entropy
-from imas.ops.mixing import toggled_boxes
+from imas.ops.mixing import share_boxes, toggled
 from imas.schema import Optimizer, OptimizerKwargs
 
 TODAY = {
@@ -134,7 +134,7 @@ def test_overlaps_are_toggled_back() -> None:
     q = (0.5 / math.sqrt(1 / 3)) ** 2
     share, exponent = torch.full((1, 2), q, dtype=torch.float64), torch.full((1, 2), 0.5, dtype=torch.float64)
     position = torch.tensor([[[0.0, 0.0], [0.4, 0.4]]], dtype=torch.float64)
-    mask = toggled_boxes(10, 10, share, exponent, position)[0]
+    mask = toggled(share_boxes(10, 10, share, exponent, position))[0]
     expected = torch.zeros(10, 10, dtype=torch.bool)
     expected[:5, :5] = True
     expected[2:7, 2:7] ^= True

@@ -29,13 +29,13 @@ from imas.data.catalog import (
     pascal_files,
 )
 from imas.data.check import check_data
-from imas.data.dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
+from imas.data.dataset import Draw, EvaluationSet, LabeledSet, UnlabeledSet, stacked
 from imas.data.lists import read_list, read_lists
 from imas.data.loaders import EpochSampler, TrainingData, evaluation_batches, evaluation_loader, oversample
 from imas.data.normalise import Normalise
 from imas.data.source import DataError, FileSource, ShapesSource
 from imas.data.strong import KINDS, OPERATIONS, strong_view
-from imas.data.weak import resized_size, weak_view
+from imas.data.weak import Geometry, resized_size, weak_view
 from imas.engine.run import to_device
 from imas.errors import UserError
 from imas.schema import Config, Dataset, StrongAug, TrainData
@@ -424,7 +424,7 @@ def test_image_and_mask_stay_together(base: int | tuple[int, int]) -> None:
     padded = 0
     for seed in range(60):
         image, mask, _ = weak_view(
-            *_marked(), np.random.default_rng(seed), base=base, scale=(0.5, 2.0), flip=True, crop=(72, 80)
+            *_marked(), np.random.default_rng(seed), Geometry(base=base, scale=(0.5, 2.0), flip=True, crop=(72, 80))
         )
         assert image.size == mask.size == (80, 72)
         pixels, labels = np.asarray(image).astype(int), np.asarray(mask).astype(int)
@@ -442,7 +442,7 @@ def test_padding_lies_at_bottom_and_right_only() -> None:
     """The image keeps the upper left corner, unchanged, however much is padded."""
     for width, height in ((30, 20), (50, 20), (30, 40), (7, 3)):
         image, mask = Image.fromarray(_noise(height, width)), Image.fromarray(np.full((height, width), 5, np.uint8))
-        out, label, _ = weak_view(image, mask, np.random.default_rng(0), crop=(40, 50))
+        out, label, _ = weak_view(image, mask, np.random.default_rng(0), Geometry(crop=(40, 50)))
         expected = np.broadcast_to(np.array((123, 116, 103), dtype=np.uint8), (40, 50, 3)).copy()
         expected[:height, :width] = np.asarray(image)
         np.testing.assert_array_equal(np.asarray(out), expected)
@@ -453,7 +453,10 @@ def test_padding_lies_at_bottom_and_right_only() -> None:
 
 def test_the_mask_is_padded_with_the_ignore_label() -> None:
     _, label, _ = weak_view(
-        Image.new("RGB", (2, 2)), Image.new("L", (2, 2)), np.random.default_rng(0), crop=(3, 2), ignore_index=254
+        Image.new("RGB", (2, 2)),
+        Image.new("L", (2, 2)),
+        np.random.default_rng(0),
+        Geometry(crop=(3, 2), ignore_index=254),
     )
     assert np.asarray(label).tolist() == [[0, 0], [0, 0], [254, 254]]
 
@@ -488,7 +491,7 @@ def test_pair_base_draws_one_factor_for_both_sides() -> None:
 def test_weak_view_resizes_bilinearly_and_masks_to_the_nearest() -> None:
     """One possible size, compared with Pillow's own calls."""
     image, mask = _marked()
-    out, label, _ = weak_view(image, mask, np.random.default_rng(0), base=60, scale=(1, 1))
+    out, label, _ = weak_view(image, mask, np.random.default_rng(0), Geometry(base=60, scale=(1, 1)))
     np.testing.assert_array_equal(np.asarray(out), np.asarray(image.resize((60, 40), Image.Resampling.BILINEAR)))
     np.testing.assert_array_equal(np.asarray(label), np.asarray(mask.resize((60, 40), Image.Resampling.NEAREST)))
 
@@ -497,14 +500,14 @@ def test_half_of_the_views_are_flipped() -> None:
     image, mask = _marked()
     flips = 0
     for seed in range(400):
-        out, label, _ = weak_view(image, mask, np.random.default_rng(seed), flip=True)
+        out, label, _ = weak_view(image, mask, np.random.default_rng(seed), Geometry(flip=True))
         flipped = np.asarray(label)[0, 0] == 5
         reference = (ImageOps.mirror(image), ImageOps.mirror(mask)) if flipped else (image, mask)
         assert (out.tobytes(), label.tobytes()) == (reference[0].tobytes(), reference[1].tobytes())
         flips += flipped
     assert 160 < flips < 240
     for seed in range(20):
-        assert weak_view(image, mask, np.random.default_rng(seed))[0].tobytes() == image.tobytes()
+        assert weak_view(image, mask, np.random.default_rng(seed), Geometry())[0].tobytes() == image.tobytes()
 
 
 def test_windows_are_uniform_over_all_positions() -> None:
@@ -514,7 +517,7 @@ def test_windows_are_uniform_over_all_positions() -> None:
     rng = np.random.default_rng(0)
     corners = Counter()
     for _ in range(960):
-        out, label, _ = weak_view(image, mask, rng, crop=(7, 5))
+        out, label, _ = weak_view(image, mask, rng, Geometry(crop=(7, 5)))
         top, left = divmod(int(np.asarray(label)[0, 0]), 12)
         np.testing.assert_array_equal(np.asarray(out), np.asarray(image)[top : top + 7, left : left + 5])
         corners[top, left] += 1
@@ -524,7 +527,7 @@ def test_windows_are_uniform_over_all_positions() -> None:
 
 def test_center_windows_are_in_the_middle() -> None:
     image = Image.fromarray(_noise(10, 12))
-    out, _, _ = weak_view(image, None, np.random.default_rng(0), crop=(6, 4), crop_type="center")
+    out, _, _ = weak_view(image, None, np.random.default_rng(0), Geometry(crop=(6, 4), crop_type="center"))
     np.testing.assert_array_equal(np.asarray(out), np.asarray(image)[2:8, 4:8])
 
 
@@ -533,8 +536,8 @@ def test_the_draws_are_the_same_with_and_without_a_mask() -> None:
     options = {"base": 96, "scale": (0.5, 2.0), "flip": True, "crop": (72, 80)}
     for seed in range(30):
         with_mask, without = np.random.default_rng(seed), np.random.default_rng(seed)
-        first, _, _ = weak_view(image, mask, with_mask, **options)
-        second, none, _ = weak_view(image, None, without, **options)
+        first, _, _ = weak_view(image, mask, with_mask, Geometry(**options))
+        second, none, _ = weak_view(image, None, without, Geometry(**options))
         assert none is None
         assert first.tobytes() == second.tobytes()
         assert with_mask.random() == without.random()

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from benchmarks import loading, plain
 from imas.data.cache import CachedSource
 from imas.data.catalog import open_source
-from imas.data.dataset import Draw, Geometry, LabeledSet
+from imas.data.dataset import Draw, LabeledSet
 from imas.data.source import DataError, FileSource
-from imas.data.weak import resized_size, weak_view
+from imas.data.weak import Geometry, resized_size, weak_view
 from imas.errors import UserError
 from imas.schema import Dataset, TrainData
 
@@ -34,7 +34,7 @@ def _places(width: int, height: int) -> tuple[Image.Image, Image.Image]:
 def _both(image: Image.Image, mask: Image.Image | None, seed: int, options: dict) -> tuple[np.ndarray, ...]:
     """Our image and mask and those of the plain twin, from equal generators that must end equal."""
     ours, twin = np.random.default_rng(seed), np.random.default_rng(seed)
-    views = *weak_view(image, mask, ours, **options)[:2], *plain.weak_view(image, mask, twin, **options)
+    views = *weak_view(image, mask, ours, Geometry(**options))[:2], *plain.weak_view(image, mask, twin, **options)
     assert ours.random() == twin.random()
     return tuple(np.asarray(view).astype(int) for view in views)
 
@@ -119,7 +119,7 @@ def test_image_and_mask_stay_together_to_the_pixel() -> None:
     for seed in range(60):
         options = _random_case(seed)[2]
         for channel, (mask, side) in enumerate(((columns, 120), (rows, 80))):
-            view, label, _ = weak_view(image, mask, np.random.default_rng(seed), **options)
+            view, label, _ = weak_view(image, mask, np.random.default_rng(seed), Geometry(**options))
             colours, labels = np.asarray(view).astype(int), np.asarray(label).astype(int)
             padding = labels == 255
             assert (colours[padding] == (123, 116, 103)).all()
@@ -159,13 +159,14 @@ def test_cache_gives_what_the_source_gave_without_its_files(tmp_path: Path) -> N
         label = cached.mask(name)
         assert label.mode == "L"
         np.testing.assert_array_equal(np.asarray(label), mask)
-    assert source.missing(names, masks=True) == [images[0], images[1], masks[1]]
+    missing = [path for name in names for path in source.missing(name, mask=True)]
+    assert missing == [images[0], images[1], masks[1]]
 
 
 def test_views_leave_the_cache_as_it_is(tmp_path: Path) -> None:
     source, names = _cityscapes(tmp_path)
     cached = CachedSource(source, names, names)
-    view, label, _ = weak_view(cached.image(names[0]), cached.mask(names[0]), np.random.default_rng(0))
+    view, label, _ = weak_view(cached.image(names[0]), cached.mask(names[0]), np.random.default_rng(0), Geometry())
     view.paste((1, 2, 3), (0, 0, 9, 9))
     label.paste(7, (0, 0, 9, 9))
     np.testing.assert_array_equal(np.asarray(cached.image(names[0])), np.asarray(source.image(names[0])))

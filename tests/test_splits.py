@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,9 +15,9 @@ from conftest import run
 from PIL import Image
 
 from imas.data import splits
-from imas.data.draw import draw_splits, drawn, own_images, own_masks
+from imas.data.draw import draw_splits, own_images, own_masks
 from imas.data.lists import read_list
-from imas.data.splits import IncompleteError, Published, describe_lists, digest, make_published, protocol_of
+from imas.data.splits import Published, describe_lists, digest, make_published
 from imas.errors import UserError
 
 POOL = [f"2007_{number:06d}" for number in range(32)]
@@ -122,18 +123,24 @@ def test_the_shipped_manifest_is_consistent() -> None:
     }  # fmt: skip
 
 
+def _protocol(labeled: list[str], unlabeled: list[str], val: list[str]) -> str | None:
+    """The protocol that a run's log names."""
+    named = re.fullmatch(r"lists: (.*) as published \([a-z, ]*\)", describe_lists(labeled, unlabeled, val))
+    return named and named[1]
+
+
 @pytest.mark.usefixtures("_manifest")
 def test_a_run_says_which_lists_it_uses() -> None:
     labeled, unlabeled = LISTS["pascal/2/labeled.txt"][0], LISTS["pascal/2/unlabeled.txt"][0]
-    assert protocol_of(labeled[::-1], unlabeled[::-1], VAL[::-1]) == "Pascal blended 2"
-    assert protocol_of(RANDOM, [], VAL) == "Pascal classic 3"
-    assert protocol_of(CITY[1:2], [*CITY[:1], *CITY[2:]], CITY_VAL) == "Cityscapes 1"
-    assert protocol_of(labeled, _rest(RANDOM), VAL) is None
-    assert protocol_of(labeled, unlabeled, VAL[1:]) is None
-    assert protocol_of(unlabeled, labeled, VAL) is None
-    assert protocol_of(unlabeled, [], VAL) is None
-    assert protocol_of([*labeled, labeled[0]], unlabeled, VAL) is None
-    assert protocol_of(labeled, unlabeled, []) is None
+    assert _protocol(labeled[::-1], unlabeled[::-1], VAL[::-1]) == "Pascal blended 2"
+    assert _protocol(RANDOM, [], VAL) == "Pascal classic 3"
+    assert _protocol(CITY[1:2], [*CITY[:1], *CITY[2:]], CITY_VAL) == "Cityscapes 1"
+    assert _protocol(labeled, _rest(RANDOM), VAL) is None
+    assert _protocol(labeled, unlabeled, VAL[1:]) is None
+    assert _protocol(unlabeled, labeled, VAL) is None
+    assert _protocol(unlabeled, [], VAL) is None
+    assert _protocol([*labeled, labeled[0]], unlabeled, VAL) is None
+    assert _protocol(labeled, unlabeled, []) is None
 
     assert describe_lists(labeled, unlabeled, VAL) == "lists: Pascal blended 2 as published (labeled, unlabeled, val)"
     assert describe_lists(RANDOM, [], VAL) == "lists: Pascal classic 3 as published (labeled, val)"
@@ -148,7 +155,7 @@ def test_what_follows_from_the_data_set_is_made_and_the_rest_explained(
     tmp_path: Path, voc: Path, clone: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(IncompleteError, match="^2 of 7 lists of pascal are missing or differ$") as raised:
+    with pytest.raises(UserError, match="^2 of 7 lists of pascal are missing or differ$") as raised:
         make_published("pascal", out, root=voc)
     assert raised.value.status == 1
     _assert_complete(out, [name for name in PASCAL if "/3/" not in name])
@@ -179,7 +186,7 @@ def test_a_clone_alone_is_enough(tmp_path: Path, clone: Path, place: str) -> Non
 def test_cityscapes(tmp_path: Path, clone: Path) -> None:
     root, out = tmp_path / "cityscapes", tmp_path / "out"
     _touch(*(root / name for name in CITY[1:] + CITY_VAL))
-    with pytest.raises(IncompleteError, match=r"train/.*: expected 6 training images .*, found 5"):
+    with pytest.raises(UserError, match=r"train/.*: expected 6 training images .*, found 5"):
         make_published("cityscapes", out, root=root)
     _assert_complete(out, ["cityscapes/val.txt"])
     _touch(root / CITY[0])
@@ -196,27 +203,27 @@ def test_camvid(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     _touch(*(root / name for part in ("train", "val") for name in CAMVID[part]))
     _touch(*(root / name.replace("/", "annot/") for part in CAMVID.values() for name in part))
     _save(root / "train.txt", [f"/SegNet/CamVid/{name}" for name in CAMVID["train"]])
-    with pytest.raises(IncompleteError, match="1 of 5"):
+    with pytest.raises(UserError, match="1 of 5"):
         make_published("camvid", out, root=root, download=True)
     assert "not in the authors' repository; get it with --from FOLDER\n" in capsys.readouterr().out
     _touch(*(root / name for name in CAMVID["test"]))
     make_published("camvid", out, root=root)
     _assert_complete(out, [name for name in LISTS if name.startswith("camvid")])
     assert read_list(out / "camvid/3/labeled.txt") == [CAMVID["train"][number] for number in (0, 4, 8)]
-    assert protocol_of(*(LISTS[f"camvid/{name}.txt"][0] for name in ("3/labeled", "3/unlabeled", "val"))) == "Camvid 3"
+    assert _protocol(*(LISTS[f"camvid/{name}.txt"][0] for name in ("3/labeled", "3/unlabeled", "val"))) == "Camvid 3"
 
 
 @pytest.mark.usefixtures("_manifest")
 def test_a_tampered_list_is_refused(tmp_path: Path, voc: Path, clone: Path, capsys: pytest.CaptureFixture) -> None:
     _save(clone / "data/splits/pascal/3/labeled.txt", [*RANDOM[:2], POOL[0]])
-    with pytest.raises(IncompleteError, match="1 of 7"):
+    with pytest.raises(UserError, match="1 of 7"):
         make_published("pascal", tmp_path / "out", source=clone)
     assert "labeled.txt: refused, another list than the published one, of 3 lines" in capsys.readouterr().out
     _assert_complete(tmp_path / "out", [name for name in PASCAL if name != "pascal/3/labeled.txt"])
 
     # Archives with SBD's lists sometimes have train_aug under the name of train.
     _save(voc / "ImageSets/Segmentation/train.txt", POOL)
-    with pytest.raises(IncompleteError):
+    with pytest.raises(UserError, match="lists of pascal are missing or differ"):
         make_published("pascal", tmp_path / "other", root=voc)
     assert not (tmp_path / "other/pascal/10").exists()
     assert "own train list: refused, another list than the published one, of 32 lines" in capsys.readouterr().out
@@ -227,12 +234,12 @@ def test_the_wrong_mask_folder_is_explained(tmp_path: Path, voc: Path, capsys: p
     for name in POOL[10:]:
         (voc / "SegmentationClassAug" / f"{name}.png").unlink()
     expected = r"SegmentationClassAug/.*expected 32 .*37 with those of val.*found 10 \(15 in all\)"
-    with pytest.raises(IncompleteError, match=expected):
+    with pytest.raises(UserError, match=expected):
         make_published("pascal", tmp_path / "out", root=voc)
     _assert_complete(tmp_path / "out", ["pascal/10/labeled.txt", "pascal/val.txt"])
     assert "does not give it, see below" in capsys.readouterr().out
     (voc / "ImageSets/Segmentation/val.txt").unlink()
-    with pytest.raises(IncompleteError, match=r"val\.txt: cannot read the list"):
+    with pytest.raises(UserError, match=r"val\.txt: cannot read the list"):
         make_published("pascal", tmp_path / "out", root=voc)
     with pytest.raises(UserError, match="no such folder"):
         make_published("pascal", tmp_path / "out", root=voc / "nowhere")
@@ -242,7 +249,7 @@ def test_the_wrong_mask_folder_is_explained(tmp_path: Path, voc: Path, capsys: p
 def test_existing_lists_that_differ_are_left_alone(tmp_path: Path, clone: Path, capsys: pytest.CaptureFixture) -> None:
     mine = _save(tmp_path / "out/pascal/2/labeled.txt", POOL[:4])
     empty = _save(tmp_path / "out/pascal/val.txt", [])
-    with pytest.raises(IncompleteError, match="2 of 7"):
+    with pytest.raises(UserError, match="2 of 7"):
         make_published("pascal", tmp_path / "out", source=clone)
     assert read_list(mine) == POOL[:4] and not empty.read_text()
     assert "differs from the published list: 4 lines; left alone, --force replaces it" in capsys.readouterr().out
@@ -251,7 +258,7 @@ def test_existing_lists_that_differ_are_left_alone(tmp_path: Path, clone: Path, 
     _assert_complete(tmp_path / "out", PASCAL)
 
     _save(mine, POOL[:4])
-    with pytest.raises(IncompleteError, match="1 of 7"):
+    with pytest.raises(UserError, match="1 of 7"):
         make_published("pascal", tmp_path / "out", force=True)
     assert read_list(mine) == POOL[:4]
     assert "differs from the published list: 4 lines; left alone: get it with --root" in capsys.readouterr().out
@@ -288,7 +295,7 @@ def test_download(tmp_path: Path, voc: Path, served: Path, capsys: pytest.Captur
     _save(served / "pascal/3/labeled.txt", POOL[:3])
     (served / "pascal/val.txt").unlink()
     (served / "pascal/2/labeled.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(IncompleteError, match="3 of 7"):
+    with pytest.raises(UserError, match="3 of 7"):
         make_published("pascal", tmp_path / "bad", download=True)
     said = capsys.readouterr().out
     assert "labeled.txt: refused" in said and "val.txt: 404 " in said and "not a text file" in said
@@ -301,7 +308,7 @@ def test_without_a_network_one_attempt_is_made(
 ) -> None:
     monkeypatch.setattr(splits, "AUTHORS", "http://127.0.0.1:1/")
     monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(IncompleteError, match="7 of 7"):
+    with pytest.raises(UserError, match="7 of 7"):
         make_published("pascal", tmp_path / "out", download=True)
     assert capsys.readouterr().out.count("refused") == 1
     assert not (tmp_path / "out").exists()
@@ -350,8 +357,11 @@ def test_new_splits_of_own_data(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert {kind: len(part) for kind, part in _drawn_lists(tmp_path / "all").items()} == {"labeled": 15, "unlabeled": 5}
 
 
-def test_samples_of_a_seed_share_val_and_grow() -> None:
-    small, large = (drawn(POOL, count, 5, seed=1) for count in (3, 9))
+def test_samples_of_a_seed_share_val_and_grow(tmp_path: Path) -> None:
+    for count in ("3", "9"):
+        draw_splits(tmp_path / count, POOL, count, "5", seed=1)
+    small, large = (_drawn_lists(tmp_path / count) for count in ("3", "9"))
+    assert len(small["labeled"]) == 3 and len(large["labeled"]) == 9 and len(small["val"]) == 5
     assert small["val"] == large["val"] and set(small["labeled"]) < set(large["labeled"])
     assert not set(large["labeled"]) & set(large["val"])
 

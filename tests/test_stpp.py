@@ -19,9 +19,10 @@ from PIL import Image
 import train_semi
 from imas import load_config
 from imas.config import carried_config
-from imas.data.dataset import Draw, Geometry, UnlabeledSet
+from imas.data.dataset import Draw, UnlabeledSet
 from imas.data.labels import label_path, open_labels, write_labels
 from imas.data.source import ShapesSource
+from imas.data.weak import Geometry
 from imas.engine import checkpoint, inference
 from imas.engine.inference import Inference
 from imas.engine.interrupt import Interrupted, Interruption

@@ -23,7 +23,7 @@ from ..engine.interrupt import Interrupted, interruptible
 from ..engine.sliding import Protocol
 from ..errors import Together, UserError
 from ..files import replacing
-from ..report.records import NETWORK_NAMES, Curve, read_records
+from ..report.records import Curve, read_records
 from ..strict import dotted
 from .table import Run
 
@@ -47,10 +47,6 @@ class Plan(NamedTuple):
 
 class Unfinished(UserError):
     """Some runs have failed or were stopped."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def make_plans(
@@ -157,11 +153,9 @@ def read_run(folder: Path, arm: str, seed: int) -> Run | None:
     iterations = [stage.epochs * length for stage, length in zip(stages, lengths)]
     start, networks = last.starts[-1], last.evaluation["networks"]  # the selecting network comes first
     curves = {}
-    for column, (epochs, values) in last.curves.items():
-        kind, _, name = column.partition("_")
-        if kind == "miou":
-            passed = [sum(iterations[:-1]) + (epoch + 1) * lengths[-1] for epoch in epochs]
-            curves[NETWORK_NAMES.get(name, name)] = Curve(passed, values)
+    for name in networks:
+        epochs, values = last.mious[name]
+        curves[name] = Curve([sum(iterations[:-1]) + (epoch + 1) * lengths[-1] for epoch in epochs], values)
     times, peaks = (
         [value for stage in stages if column in stage.curves for value in stage.curves[column].values]
         for column in ("seconds", "memory_mib")
@@ -182,8 +176,7 @@ def read_run(folder: Path, arm: str, seed: int) -> Run | None:
         "commit": str(start["git"]),
         "devices": ", ".join(dict.fromkeys(start["devices"])),
     }
-    ordered = {name: curves[name] for name in networks}
-    return Run(arm, seed, ordered, networks[selecting]["iou"], cost, facts, _identity(recipe, start["lists"]))
+    return Run(arm, seed, curves, networks[selecting]["iou"], cost, facts, _identity(recipe, start["lists"]))
 
 
 def train(plans: Sequence[Plan], slots: Sequence[str], gpus: int) -> None:

@@ -23,6 +23,7 @@ COSTS: dict[str, tuple[str, str]] = {  # title and format
 }
 _LATEX = {sign: f"\\{sign}" for sign in "#$%&_{}"} | {"−": "$-$", "±": "$\\pm$", "×": "$\\times$", "†": "$\\dagger$"}
 _LATEX |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+_ESCAPES = str.maketrans(_LATEX)
 
 
 class Run(NamedTuple):
@@ -188,7 +189,10 @@ def sections(result: dict[str, Any]) -> list[Section]:
             rows.append([name, network, *cells, *(_by_seed(figures[which]) for which in _WHICH)])
             name = ""
     found = [Section("mIoU in percent, mean ± standard deviation over seeds", head, rows)]
-    rows = [[arm, *(_cost(entry["cost"][key], key) for key in COSTS)] for arm, entry in arms.items()]
+    rows = []
+    for arm, entry in arms.items():
+        costs = [(entry["cost"][key], form) for key, (_, form) in COSTS.items()]
+        rows.append([arm, *(MISSING if value is None else format(value, form) for value, form in costs)])
     titles = [title for title, _ in COSTS.values()]
     found.append(Section("What it costs, means over seeds", ["method", *titles], rows))
     classes = dict.fromkeys(name for entry in arms.values() for name in entry["iou"])
@@ -221,10 +225,6 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def _cost(value: float | None, key: str) -> str:
-    return MISSING if value is None else format(value, COSTS[key][1])
-
-
 def markdown(section: Section) -> str:
     """A table of Markdown, which a page of the documentation takes as it is."""
     lines = [section.head, ["---"] * len(section.head), *section.rows]
@@ -233,14 +233,10 @@ def markdown(section: Section) -> str:
 
 def latex(section: Section, notes: Sequence[str]) -> str:
     """A ``tabular`` without packages, and its notes below it."""
-    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (section.head, *section.rows)]
+    lines = [" & ".join(cell.translate(_ESCAPES) for cell in line) + r" \\" for line in (section.head, *section.rows)]
     body = "\n".join([r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"])
-    below = "".join(f"\n\\par {_escaped(note)}" for note in notes)
+    below = "".join(f"\n\\par {note.translate(_ESCAPES)}" for note in notes)
     return f"\\begin{{tabular}}{{{'l' * len(section.head)}}}\n{body}\n\\end{{tabular}}{below}\n"
-
-
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
 def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:

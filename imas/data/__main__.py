@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import load_config
 from ..errors import UserError, run_script
-from .check import SHOWN, Unhealthy, examine
+from .check import SHOWN, examine
 from .draw import draw_splits, own_images, own_masks
 from .lists import read_list, read_lists
 from .splits import PUBLISHED, make_published
@@ -37,8 +37,8 @@ _NEW: dict[str, dict[str, Any]] = {
 }
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; ``command`` is the function to call with it."""
+def main() -> None:
+    """Call the command that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m imas.data", description="Tools for data.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text = "complete data/splits with the published lists, or draw new ones (--new): see data/splits/README.md"
@@ -60,7 +60,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read (default: one a core)")
     command.add_argument("--verbose", action="store_true", help="name every file, not the first ten of a kind")
     command.add_argument("--write", type=Path, metavar="FILE", help="write what is wrong with which file to this file")
-    return parser.parse_args(arguments)
+    options = parser.parse_args()
+    options.command(options)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -73,7 +74,7 @@ def check(options: argparse.Namespace) -> None:
         options.write.write_text("".join(f"{file}\n" for file in files), encoding="utf-8")
         print(f"{len(files)} files: {options.write}")
     if health.wrong:
-        raise Unhealthy(f"{options.config}: something is wrong with the data, see above")
+        raise UserError(f"{options.config}: something is wrong with the data, see above", 1)
     print("nothing is wrong")
 
 
@@ -102,12 +103,6 @@ def splits(options: argparse.Namespace) -> None:
         options.out, names, options.labeled, options.val,
         seed=options.seed or 0, masks=masks, force=options.force,
     )  # fmt: skip
-
-
-def main() -> None:
-    """Call the command that the command line names."""
-    options = parse()
-    options.command(options)
 
 
 if __name__ == "__main__":

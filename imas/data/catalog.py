@@ -29,8 +29,8 @@ class Catalog:
     decode: Callable[[Path, Image.Image, int], np.ndarray] | None = None
     drawn: Source | None = None  # where images and masks come from instead of ``files``
     side: int | None = None  # of all images in pixels, where it is known beforehand
-    # (lists that are given, names of those to find) → lists, and what is said of which other files; None: the
-    # configuration must name every list.
+    # (lists that are given, names of those to find) → lists, and remarks: sentence → the files that it is about. None:
+    # the configuration must name every list.
     find: Callable[[Mapping[str, list[str]], list[str]], tuple[dict, dict[str, tuple[str, ...]]]] | None = None
     # Of a set with published lists, what its folder gives: "train", "val", "test" and "pool", all training images, each
     # as a list file or a pattern of files.
@@ -161,7 +161,7 @@ CAMVID = Catalog(
 
 
 def _own(dataset: Dataset) -> Catalog:
-    """Own data is what its section of the configuration says."""
+    """Own data, described by its section of the configuration."""
     options = dataset.folder
     return Catalog(
         options.class_names,

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,12 +34,6 @@ _FAR = 0.1  # a mean or deviation, in units of 0..1, that differs more from the 
 _EVERY = 4  # pixels between those whose mean and deviation are measured
 
 
-class Unhealthy(UserError):
-    """The data must be mended first."""
-
-    status = 1
-
-
 class Finding(NamedTuple):
     """A sentence about the data; ``wrong``: it must be mended."""
 
@@ -53,13 +47,12 @@ class Finding(NamedTuple):
         return "\n  ".join([self.text, *self.files[:shown], *more])
 
 
-@dataclass
-class Health:
-    """What ``examine`` found: findings, the table of lists and classes, and how many files were looked at."""
+class Health(NamedTuple):
+    """What ``examine`` found."""
 
-    findings: list[Finding] = field(default_factory=list)
-    table: str = ""
-    looked: str = ""
+    findings: list[Finding]
+    table: str  # of lists and classes
+    looked: str  # how many files were looked at
 
     @property
     def wrong(self) -> bool:
@@ -95,9 +88,9 @@ def check_data(config: Config, training: bool = True) -> Lists:
             training images are warned of instead.
     """
     lists = read_lists(config, training)
-    looks = _looks(config, lists, decoded=0)
+    looks = look_at(config, lists)
     wrong = _shared(config, lists) if training and config.wants.pseudo_label else []
-    wrong += _refused(config, looks)
+    wrong += refused(config, looks)
     for finding in (*_of_lists(config, lists), *_of_classes(config, looks)) if training else ():
         log.warning("%s", finding.words())
     if wrong:
@@ -107,14 +100,10 @@ def check_data(config: Config, training: bool = True) -> Lists:
     return replace(lists, files=files)
 
 
-def unusable(config: Config, lists: Lists) -> list[str]:
+def refused(config: Config, looks: dict[str, list[Look]]) -> list[str]:
     """A sentence for each list with files that cannot be used; with ``dataset.on_error: skip`` a warning instead, but
     for validation images.
     """
-    return _refused(config, _looks(config, lists, decoded=0))
-
-
-def _refused(config: Config, looks: dict[str, list[Look]]) -> list[str]:
     wrong = []
     for list_name, finding in _broken(config, looks).items():
         if list_name == "val" or config.dataset.on_error == "stop":
@@ -129,9 +118,9 @@ def examine(config: Config, lists: Lists, *, workers: int = _THREADS, decoded: i
 
     Args:
         workers: threads that read.
-        decoded: see ``_looks``.
+        decoded: see ``look_at``.
     """
-    looks = _looks(config, lists, decoded, workers)
+    looks = look_at(config, lists, decoded, workers)
     findings = [*_broken(config, looks).values(), *_of_lists(config, lists)]
     findings += [*_of_classes(config, looks), *_of_pictures(config, looks)]
     return Health(findings, _table(config, lists, looks), _in_words(counted(config, lists, looks)))
@@ -139,7 +128,7 @@ def examine(config: Config, lists: Lists, *, workers: int = _THREADS, decoded: i
 
 def counted(config: Config, lists: Lists, looks: dict[str, list[Look]]) -> dict[str, Any]:
     """How many ``images`` and ``masks`` can be used, how many are ``used`` as what, and what ``more`` there is."""
-    broken = {name: sum(bool(look.problems) for look in looks[name]) for name in lists.by_name()}
+    broken = {name: sum(bool(look.problems) for look in seen) for name, seen in looks.items()}
     used = {name: len(names) - broken[name] for name, names in lists.by_name().items()}
     labels = config.dataset.train.pseudo_labels is not None
     more = {f"{name} images cannot be used": count for name, count in broken.items() if count}
@@ -157,7 +146,7 @@ def _in_words(files: dict[str, Any]) -> str:
     return f"looked at {files['images']} images and {files['masks']} masks; used: {used}{more}"
 
 
-def _looks(config: Config, lists: Lists, decoded: int | None, workers: int = _THREADS) -> dict[str, list[Look]]:
+def look_at(config: Config, lists: Lists, decoded: int | None = 0, workers: int = _THREADS) -> dict[str, list[Look]]:
     """The looks at the images of each list. Every mask and every validation image is read.
 
     Args:
@@ -176,9 +165,8 @@ def _looks(config: Config, lists: Lists, decoded: int | None, workers: int = _TH
             names = [name for name in names if name in chosen]
         look = partial(_look, source, masks, chosen, dataset.folder is not None and dataset.folder.binary)
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            shown = None if names else True  # None: on a terminal
-            done = tqdm(pool.map(look, names), list_name, len(names), unit="image", leave=False, disable=shown)
-            looks[list_name] = list(done)
+            bar = tqdm(pool.map(look, names), list_name, len(names), unit="image", leave=False, disable=None)
+            looks[list_name] = list(bar)
     return looks
 
 
@@ -190,7 +178,7 @@ def source_of(config: Config, list_name: str) -> Source:
 def _look(source: Source, masks: Source | None, decoded: Collection[str], binary: bool, name: str) -> Look:
     image = mask = size = None
     try:
-        if missing := source.missing([name], masks is source):
+        if missing := source.missing(name, masks is source):
             return Look(name, tuple(f"{path}: no such file" for path in missing))
         mask = None if masks is None else masks.mask(name)
         if name in decoded or (mask and not isinstance(source, FileSource)):
@@ -202,9 +190,8 @@ def _look(source: Source, masks: Source | None, decoded: Collection[str], binary
             need_same_size(name, size, mask.size)
     except DataError as error:
         return Look(name, (str(error),))
-    counts = moments = None
-    if mask is not None:
-        counts = np.array(mask.histogram())
+    counts = None if mask is None else np.array(mask.histogram())
+    moments = None
     if image is not None:
         pixels = np.asarray(image)[::_EVERY, ::_EVERY].reshape(-1, 3) / 255
         moments = np.stack([pixels.mean(0), (pixels**2).mean(0)])
@@ -230,12 +217,12 @@ def _broken(config: Config, looks: dict[str, list[Look]]) -> dict[str, Finding]:
 def _meant(config: Config, list_name: str, name: str) -> str:
     """Where a list line is no image: which list it is, what a line should be, and what this one may mean."""
     source, masked, file = source_of(config, list_name), list_name != "unlabeled", list_paths(config)[list_name]
-    if file is None or not source.missing([name], masked):
+    if file is None or not source.missing(name, masked):
         return ""
     path = Path(name.split()[0].replace("\\", "/"))
     tails = [Path(*path.parts[start:]) for start in range(len(path.parts))]
     guesses = [tail.with_suffix(suffix).as_posix() for tail in tails for suffix in (tail.suffix, *IMAGES, "")]
-    here = next((f", here {guess}" for guess in guesses if not source.missing([guess], masked)), "")
+    here = next((f", here {guess}" for guess in guesses if not source.missing(guess, masked)), "")
     what = catalog_of(config.dataset).line
     return f" ({file} has the line {name!r}; expected one name a line{here}: {what})"
 

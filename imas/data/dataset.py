@@ -15,7 +15,7 @@ from torchvision.transforms import functional as TF
 from ..schema import StrongAug
 from .source import DataError, Source
 from .strong import cutout, strong_view
-from .weak import weak_view
+from .weak import Geometry, weak_view
 
 _TRIES = 10  # at replacing a broken image
 _CUTOUT = 0.5  # how often a strong view gets its box
@@ -26,17 +26,6 @@ class Draw(NamedTuple):
 
     index: int
     seed: tuple[int, ...]
-
-
-class Geometry(NamedTuple):
-    """The weak augmentation's options: see ``weak.weak_view``."""
-
-    base: int | tuple[int, int] | None
-    scale: tuple[float, float] | None
-    flip: bool
-    crop: tuple[int, int] | None
-    crop_type: str
-    ignore_index: int
 
 
 class _AugmentedSet(Dataset):
@@ -86,7 +75,7 @@ class LabeledSet(_AugmentedSet):
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         image, mask = read_pair(self.source, self.names[index])
-        image, mask, _ = weak_view(image, mask, rng, **self.geometry._asdict())
+        image, mask, _ = weak_view(image, mask, rng, self.geometry)
         label = torch.from_numpy(np.array(mask))
         strong = [TF.pil_to_tensor(view) for view in self.strong_views(image, rng)]
         return {"image": TF.pil_to_tensor(image), "label": label, "strong": strong}
@@ -104,7 +93,7 @@ class UnlabeledSet(_AugmentedSet):
             image, label = self.source.image(name), None
         else:
             image, label = read_pair(self.source, name, self.labels)
-        image, label, real = weak_view(image, label, rng, **self.geometry._asdict())
+        image, label, real = weak_view(image, label, rng, self.geometry)
         weak, strong = TF.pil_to_tensor(image), self.strong_views(image, rng)
         if label is not None and strong and self.strong_aug.cutout:
             for number, view in enumerate(strong):

@@ -46,7 +46,7 @@ def lists(
     """The lists ``wanted``: images with a mask are labeled, all others unlabeled; none is in two lists.
 
     Returns:
-        The lists; and what is said of files: those that no list names, and those that are not used.
+        The lists; and remarks: sentence → the files that no list names, or that are not used.
 
     Raises:
         UserError: a folder that does not exist or may not be read; no image for one of the lists.
@@ -54,23 +54,25 @@ def lists(
     options, found, remarks = dataset.folder, dict(given), {}
     root = Path(dataset.train.data_root)
     val_root = Path(dataset.val.data_root or root)
-    roots = [val_root] if "val" in wanted else []
+    trains = "labeled" in (*given, *wanted)
+    roots = ([root] if trains else []) + ([val_root] if "val" in wanted else [])
+    in_folders = {place: find(options, place) for place in roots}
     if "val" in wanted:
-        found["val"] = find(options, val_root, masked=True)[0]
-    if "labeled" in (*given, *wanted):
-        roots = list(dict.fromkeys([root, *roots]))
-        with_mask, without = find(options, root)
+        found["val"] = in_folders[val_root][0]
+    if trains:
+        with_mask, without = in_folders[root]
         taken = {plain(name) for name in found["val"]} if val_root == root else set()
         if "labeled" in wanted:
             found["labeled"] = [name for name in with_mask if plain(name) not in taken]
         taken |= {plain(name) for name in (*found["labeled"], *found.get("unlabeled", ()))}
-        rest = [name for name in (*with_mask, *without) if plain(name) not in taken]
+        everything = [*with_mask, *without, *_further(options, root)]
+        rest = [name for name in everything if plain(name) not in taken]
         if "unlabeled" in wanted:
             found["unlabeled"] = rest
         takes_part = "they are unlabeled" if "unlabeled" in wanted else "they take no part"
         remarks[f"images below {root / options.images} are on no list: {takes_part}"] = rest
-    for place in roots:
-        remarks |= _not_used(options, place)
+    for place, (masked, _) in in_folders.items():
+        remarks |= _not_used(options, place, masked)
     together = Together()
     for name in wanted:
         if not found[name]:
@@ -85,12 +87,12 @@ def lists(
     return {name: found[name] for name in wanted}, {text: tuple(names) for text, names in remarks.items() if names}
 
 
-def _not_used(options: Folder, root: Path) -> dict[str, list[str]]:
-    """Files of the two folders that are not used, by the reason; and images that share a mask."""
+def _not_used(options: Folder, root: Path, masked: list[str]) -> dict[str, list[str]]:
+    """Files of the two folders that are not used, by the reason; and images, of those with a mask, that share one."""
     images, masks, hidden = root / options.images, root / options.masks, []
     pictures = below(images, hidden)
     by_mask: dict[Path, list[str]] = {}
-    for name in find(options, root, masked=True)[0]:
+    for name in masked:
         by_mask.setdefault(files(options, root, name)[1], []).append(name)
     strangers = [name for name in below(masks, hidden) if masks / name not in by_mask] if masks.is_dir() else []
     if images == masks:
@@ -144,11 +146,8 @@ def problems(dataset: Dataset) -> dict[str, str]:
     return wrong
 
 
-def find(options: Folder, root: Path, masked: bool = False) -> tuple[list[str], list[str]]:
-    """Names of all images with a mask, and of all without, sorted. Images below ``options.unlabeled`` have none.
-
-    Args:
-        masked: look for images with a mask alone.
+def find(options: Folder, root: Path) -> tuple[list[str], list[str]]:
+    """Names of the images below ``options.images`` with a mask, and of those without, each sorted.
 
     Raises:
         UserError: a folder that does not exist or may not be read.
@@ -157,11 +156,15 @@ def find(options: Folder, root: Path, masked: bool = False) -> tuple[list[str], 
     masks = {name: existing(files(options, root, name)[1]) for name in found}
     used = set(masks.values())
     found = [name for name in found if root / options.images / name not in used]  # a mask is no image
-    without = [name for name in found if masks[name] is None]
-    if options.unlabeled is not None and not masked:
-        base = Path(os.path.relpath(root / options.unlabeled, root / options.images))
-        without += [(base / name).as_posix() for name in _found(root / options.unlabeled)]
-    return [name for name in found if masks[name] is not None], without
+    return [name for name in found if masks[name] is not None], [name for name in found if masks[name] is None]
+
+
+def _further(options: Folder, root: Path) -> list[str]:
+    """Names of the images below ``options.unlabeled``: their paths from the image folder on."""
+    if options.unlabeled is None:
+        return []
+    base = Path(os.path.relpath(root / options.unlabeled, root / options.images))
+    return [(base / name).as_posix() for name in _found(root / options.unlabeled)]
 
 
 def images_below(folder: Path) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -33,16 +31,12 @@ def label_path(folder: Path, name: str) -> Path:
 def open_labels(dataset: Dataset, folder: str | Path) -> FileSource:
     """The pseudo labels in a folder: ``mask(name)`` is that of a list line, with 255 read as the ignore label."""
     classes, ignore = len(catalog_of(dataset).class_names), dataset.ignore_label
-    return FileSource(_files, Path(folder), classes, ignore, partial(_decode, ignore))
 
+    def decode(path: Path, image: Image.Image) -> np.ndarray:
+        labels = index_labels(path, image)
+        return np.where(labels == _UNSURE, np.uint8(ignore), labels)
 
-def _files(folder: Path, name: str) -> tuple[Path, Path]:
-    return (label_path(folder, name),) * 2
-
-
-def _decode(ignore: int, path: Path, image: Image.Image) -> np.ndarray:
-    labels = index_labels(path, image)
-    return labels if ignore == _UNSURE else np.where(labels == _UNSURE, np.uint8(ignore), labels)
+    return FileSource(lambda root, name: (label_path(root, name),) * 2, Path(folder), classes, ignore, decode)
 
 
 def index_picture(labels: np.ndarray, palette: Sequence[Colour]) -> Image.Image:
@@ -51,7 +45,7 @@ def index_picture(labels: np.ndarray, palette: Sequence[Colour]) -> Image.Image:
     """
     colours = [*palette, *[(0, 0, 0)] * (_UNSURE - len(palette)), _UNSURE_COLOUR]
     picture = Image.fromarray(labels)
-    picture.putpalette(list(itertools.chain(*colours)))
+    picture.putpalette(bytes(sum(colours, ())))
     return picture
 
 

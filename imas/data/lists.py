@@ -20,7 +20,7 @@ class Lists:
     labeled: list[str]
     unlabeled: list[str]  # empty for sup_only
     val: list[str]
-    remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)  # what is said of which files
+    remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)  # sentence → its files
     files: Mapping[str, Any] = field(default_factory=dict, compare=False)  # how many were looked at: ``check.counted``
 
     def by_name(self) -> dict[str, list[str]]:

@@ -10,8 +10,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,11 @@ from ..errors import UserError
 from ..schema import Config
 from .cache import CachedSource
 from .catalog import open_source
-from .dataset import Draw, EvaluationSet, Geometry, LabeledSet, UnlabeledSet, stacked
+from .dataset import Draw, EvaluationSet, LabeledSet, UnlabeledSet, stacked
 from .labels import open_labels
 from .lists import Lists, val_root
-from .source import DataError, FileSource, Source
+from .source import DataError, FileSource
+from .weak import Geometry
 
 _STREAMS = {"labeled": 0, "unlabeled": 1}
 _OF_THE_MAIN_PROCESS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}  # see engine.interrupt
@@ -106,14 +106,8 @@ class TrainingData:
         source = open_source(config.dataset, train.data_root)
         if config.dataset.cache and isinstance(source, FileSource):
             source = CachedSource(source, [*lists.labeled, *lists.unlabeled], lists.labeled)
-        geometry = Geometry(
-            train.resize_base_size,
-            train.rand_resize,
-            train.flip,
-            None if train.crop is None else train.crop.size,
-            "rand" if train.crop is None else train.crop.type,
-            config.dataset.ignore_label,
-        )
+        crop = (None, "rand") if train.crop is None else (train.crop.size, train.crop.type)
+        geometry = Geometry(train.resize_base_size, train.rand_resize, train.flip, *crop, config.dataset.ignore_label)
         wants, strong_aug, labels = config.wants, train.strong_aug, None
         if wants.pseudo_label and train.pseudo_labels is not None:
             labels = open_labels(config.dataset, train.pseudo_labels)
@@ -127,14 +121,14 @@ class TrainingData:
             items, size = oversample(count, pool, seed), pool
         drop_last = bool(pool) or train.drop_last
         self.labeled_sampler = EpochSampler(items, size, train.batch_size, seed, "labeled", rank, world, drop_last)
-        self.labeled = _loader(labeled, self.labeled_sampler, workers)
+        self.labeled = _loader(labeled, workers, stacked, batch_sampler=self.labeled_sampler)
         self.unlabeled = None
         if pool:
             unlabeled = UnlabeledSet(source, lists.unlabeled, geometry, wants.strong, strong_aug, skip, labels)
             self.unlabeled_sampler = EpochSampler(
                 list(range(pool)), train.epoch_size or pool, train.batch_size, seed, "unlabeled", rank, world
             )
-            self.unlabeled = _loader(unlabeled, self.unlabeled_sampler, workers)
+            self.unlabeled = _loader(unlabeled, workers, stacked, batch_sampler=self.unlabeled_sampler)
         self.accumulate, self.drop_last = config.trainer.accumulate, drop_last
         if not len(self):
             batch = f"{self.accumulate} batches of " if self.accumulate > 1 else ""
@@ -168,19 +162,17 @@ class TrainingData:
 def evaluation_loader(config: Config, names: list[str], rank: int, world: int) -> DataLoader:
     """This rank's share of the validation images, every image once over all ranks, as lists of (image, label)."""
     dataset = EvaluationSet(open_source(config.dataset, val_root(config)), names[rank::world])
-    pinned = torch.cuda.is_available()
-    how = _workers(config.dataset.workers)
-    return DataLoader(dataset, config.dataset.val.batch_size, collate_fn=list, pin_memory=pinned, **how)
+    return _loader(dataset, config.dataset.workers, list, batch_size=config.dataset.val.batch_size)
 
 
 def whole_images(config: Config, names: Sequence[str]) -> Iterator[Tensor]:
     """Training images as they are, without their masks: (3, H, W) uint8 each."""
-    read = partial(_pixels, open_source(config.dataset, config.dataset.train.data_root))
-    yield from _clear_errors(DataLoader(names, None, collate_fn=read, **_workers(config.dataset.workers)))
+    source = open_source(config.dataset, config.dataset.train.data_root)
 
+    def read(name: str) -> Tensor:
+        return TF.pil_to_tensor(source.image(name))
 
-def _pixels(source: Source, name: str) -> Tensor:
-    return TF.pil_to_tensor(source.image(name))
+    yield from _clear_errors(_loader(names, config.dataset.workers, read, batch_size=None))
 
 
 def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -193,15 +185,17 @@ def evaluation_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
             yield tuple(torch.stack(part) if len(part) > 1 else part[0].unsqueeze(0) for part in zip(*group))
 
 
-def _loader(dataset: LabeledSet | UnlabeledSet, sampler: EpochSampler, workers: int) -> DataLoader:
-    pinned = torch.cuda.is_available()
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=stacked, pin_memory=pinned, **_workers(workers))
-
-
-def _workers(count: int) -> dict[str, Any]:
-    """Options of a loader whose worker processes are ours."""
-    context = "fork" if count else None
-    return {"num_workers": count, "worker_init_fn": _prepare_worker, "multiprocessing_context": context}
+def _loader(dataset: Any, workers: int, collate: Callable[[Any], Any], **batches: Any) -> DataLoader:
+    """A loader whose worker processes are ours; ``batches``: torch's ``batch_size`` or ``batch_sampler``."""
+    return DataLoader(
+        dataset,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=_prepare_worker,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        **batches,
+    )
 
 
 def _prepare_worker(worker: int) -> None:

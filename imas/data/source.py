@@ -30,8 +30,8 @@ class Source(Protocol):
     def mask(self, name: str) -> Image.Image:
         """Mode L, of the same size: class numbers and the ignore label."""
 
-    def missing(self, names: list[str], masks: bool) -> list[Path]:
-        """Files of these names that do not exist."""
+    def missing(self, name: str, mask: bool) -> list[Path]:
+        """Which files of this name do not exist: the image, and with ``mask`` its mask."""
 
 
 class DataError(UserError):
@@ -87,9 +87,8 @@ class FileSource:
         image, mask = self.files(self.root, name)
         return existing(image) or image, existing(mask) or mask
 
-    def missing(self, names: list[str], masks: bool) -> list[Path]:
-        paths = [path for name in names for path in self.files(self.root, name)[: 2 if masks else 1]]
-        return [path for path in paths if existing(path) is None]
+    def missing(self, name: str, mask: bool) -> list[Path]:
+        return [path for path in self.files(self.root, name)[: 2 if mask else 1] if existing(path) is None]
 
 
 class Listing(NamedTuple):
@@ -239,7 +238,7 @@ class ShapesSource:
     def mask(self, name: str) -> Image.Image:
         return Image.fromarray(self._draw(name)[1])
 
-    def missing(self, names: list[str], masks: bool) -> list[Path]:
+    def missing(self, name: str, mask: bool) -> list[Path]:
         return []
 
     def _draw(self, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -41,35 +41,23 @@ def digest(names: Iterable[str]) -> str:
     return hashlib.sha256("".join(f"{name}\n" for name in sorted(names)).encode()).hexdigest()
 
 
-def protocol_of(labeled: list[str], unlabeled: list[str], val: list[str]) -> str | None:
-    """The published name of the lists of a run, such as "Pascal blended 662", whatever the order of their lines.
-
-    None where a list differs from that protocol's; ``unlabeled`` may be empty.
-    """
-    name = _name_of(labeled) or ""
-    if not name.endswith("/labeled.txt") or _name_of(val) != f"{name.partition('/')[0]}/val.txt":
-        return None
-    if unlabeled and _name_of(unlabeled) != name.replace("/labeled.", "/unlabeled."):
-        return None
-    return _title(name).removesuffix(" labeled")
-
-
 def describe_lists(labeled: list[str], unlabeled: list[str], val: list[str]) -> str:
-    """One line for a log: the protocol that these lists are, or what is known of each that is not empty."""
+    """One line for a log: the published protocol that these lists are, such as "Pascal blended 662", whatever the order
+    of their lines; else what is known of each that is not empty. A protocol may do without its unlabeled list.
+    """
     given = {kind: names for kind, names in (("labeled", labeled), ("unlabeled", unlabeled), ("val", val)) if names}
-    if protocol := protocol_of(labeled, unlabeled, val):
-        return f"lists: {protocol} as published ({', '.join(given)})"
+    by_digest = {published.sha256: name for name, published in MANIFEST.items()}
+    known = {kind: by_digest.get(digest(names)) for kind, names in given.items()}
+    name = known.get("labeled") or ""
+    protocol = {"labeled": name, "unlabeled": name.replace("/labeled.", "/unlabeled.")}
+    protocol["val"] = f"{name.partition('/')[0]}/val.txt"
+    if name.endswith("/labeled.txt") and val and all(known[kind] == protocol[kind] for kind in given):
+        return f"lists: {_title(name).removesuffix(' labeled')} as published ({', '.join(given)})"
     parts = []
     for kind, names in given.items():
-        name = _name_of(names)
-        known = f"{_title(name)} as published" if name else f"{len(names)} images, sha256 {digest(names)[:12]}..."
-        parts.append(f"{kind}: {known}")
+        unknown = f"{len(names)} images, sha256 {digest(names)[:12]}..."
+        parts.append(f"{kind}: {_title(known[kind])} as published" if known[kind] else f"{kind}: {unknown}")
     return f"lists: not a published protocol ({'; '.join(parts)})"
-
-
-def _name_of(names: list[str]) -> str | None:
-    sha256 = digest(names)
-    return next((name for name, published in MANIFEST.items() if published.sha256 == sha256), None)
 
 
 def _title(name: str) -> str:
@@ -90,12 +78,6 @@ def _by_authors(name: str) -> bool:
 
 def _lists_of(dataset: str) -> list[str]:
     return [name for name in MANIFEST if name.startswith(f"{dataset}/")]
-
-
-class IncompleteError(UserError):
-    """Some of the published lists could not be had."""
-
-    status = 1
 
 
 # From a name of the manifest to a list and where it comes from; UserError where it cannot be had in this way.
@@ -120,8 +102,8 @@ def make_published(
         force: replace existing lists that differ from the published ones.
 
     Raises:
-        UserError: a folder that does not exist.
-        IncompleteError: lists that could not be had, or that differ and were left alone.
+        UserError: a folder that does not exist; with status 1, lists that could not be had, or that differ and were
+            left alone.
     """
     have: dict[str, list[str]] = {}
     ways: dict[str, Way] = {}
@@ -140,7 +122,7 @@ def make_published(
         print(f"{name:<28} {MANIFEST[name].count:>6}  {remark}")
     if lacking:
         text = f"{lacking} of {len(names)} lists of {dataset} are missing or differ"
-        raise IncompleteError("\n".join([text, *remarks]))
+        raise UserError("\n".join([text, *remarks]), 1)
 
 
 def _complete(name: str, path: Path, ways: dict[str, Way], have: dict[str, list[str]], force: bool) -> tuple[bool, str]:

@@ -26,15 +26,6 @@ def _operations(span: float, fall: float, least: int) -> dict[str, Operation]:
     def enhance(kind: type) -> Operation:
         return lambda image, u, rng: kind(image).enhance(0.95 - fall * span * u)
 
-    def blur(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * span * u))
-
-    def posterize(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-        return ImageOps.posterize(image, 8 - max(1, math.ceil(4 * span * u)))
-
-    def solarize(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
-        return ImageOps.solarize(image, 256 - max(least, math.ceil(255 * span * u)))
-
     def hue(image: Image.Image, u: float, rng: np.random.Generator) -> Image.Image:
         sign = 1 if rng.random() < 0.5 else -1
         return TF.adjust_hue(image, sign * 0.5 * span * u)
@@ -44,13 +35,13 @@ def _operations(span: float, fall: float, least: int) -> dict[str, Operation]:
         "autocontrast": lambda image, u, rng: ImageOps.autocontrast(image),
         "equalize": lambda image, u, rng: ImageOps.equalize(image),
         "invert": lambda image, u, rng: ImageOps.invert(image),
-        "blur": blur,
+        "blur": lambda image, u, rng: image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * span * u)),
         "contrast": enhance(ImageEnhance.Contrast),
         "brightness": enhance(ImageEnhance.Brightness),
         "colour": enhance(ImageEnhance.Color),
         "sharpness": enhance(ImageEnhance.Sharpness),
-        "posterize": posterize,
-        "solarize": solarize,
+        "posterize": lambda image, u, rng: ImageOps.posterize(image, 8 - max(1, math.ceil(4 * span * u))),
+        "solarize": lambda image, u, rng: ImageOps.solarize(image, 256 - max(least, math.ceil(255 * span * u))),
         "hue": hue,
     }
 
@@ -72,14 +63,6 @@ def _drawn(
         name = names[rng.integers(len(names))]
         image = operations[name](image, rng.random(), rng)
     return image
-
-
-def _pool(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
-    return _drawn(OPERATIONS, image, options, rng)
-
-
-def _narrow_pool(image: Image.Image, options: StrongAug, rng: np.random.Generator) -> Image.Image:
-    return _drawn(NARROW_OPERATIONS, image, options, rng)
 
 
 # name → (image, factor) → image
@@ -130,8 +113,8 @@ def cutout(
 
 # ``dataset.train.strong_aug.type`` → (image, options, rng) → image
 KINDS: dict[str, Callable[[Image.Image, StrongAug, np.random.Generator], Image.Image]] = {
-    "pool": _pool,
-    "narrow_pool": _narrow_pool,
+    "pool": lambda image, options, rng: _drawn(OPERATIONS, image, options, rng),
+    "narrow_pool": lambda image, options, rng: _drawn(NARROW_OPERATIONS, image, options, rng),
     "jitter": _jitter,
 }
 

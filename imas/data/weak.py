@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -27,29 +29,26 @@ def resized_size(
     return int(base[1] * factor), int(base[0] * factor)
 
 
+class Geometry(NamedTuple):
+    """Options of ``weak_view``."""
+
+    base: int | tuple[int, int] | None = None  # see ``resized_size``
+    scale: tuple[float, float] | None = None  # likewise; None: no resize
+    flip: bool = False  # with probability 0.5
+    crop: tuple[int, int] | None = None  # (height, width); smaller images are padded bottom and right first
+    crop_type: str = "rand"  # a uniform window; or ``center``
+    ignore_index: int = 255  # of padding
+
+
 def weak_view(
-    image: Image.Image,
-    mask: Image.Image | None,
-    rng: np.random.Generator,
-    *,
-    base: int | tuple[int, int] | None = None,
-    scale: tuple[float, float] | None = None,
-    flip: bool = False,
-    crop: tuple[int, int] | None = None,
-    crop_type: str = "rand",
-    ignore_index: int = 255,
+    image: Image.Image, mask: Image.Image | None, rng: np.random.Generator, geometry: Geometry
 ) -> tuple[Image.Image, Image.Image | None, tuple[int, int]]:
-    """Random resize, flip with probability 0.5, crop; image and mask alike. Without a mask the same draws are made.
+    """Random resize, flip and crop of an RGB image and its mask, alike. Without a mask the same draws are made.
 
     The third value is the (height, width) at top left that is no padding. Only what the crop needs is resized: up to
     two grey levels of rounding apart from the crop of a whole resized image.
-
-    Args:
-        image, mask: RGB and L of one size.
-        base, scale: see ``resized_size``; no resize without a scale.
-        crop: (height, width); smaller images are padded bottom and right first.
-        crop_type: ``rand``, a uniform window, or ``center``.
     """
+    base, scale, flip, crop, crop_type, ignore_index = geometry
     size = image.size if scale is None else resized_size(*image.size, base, scale, rng)
     mirrored = flip and rng.random() < 0.5
     (width, height), left, top = size, 0, 0

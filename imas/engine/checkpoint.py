@@ -15,14 +15,13 @@ from ..errors import UserError
 from ..files import replacing
 from ..legacy import STATE_KEYS
 from ..methods.base import Method
-from ..models.pretrained import compare_states, describe_misfits, load_safely, need_finite
+from ..models.pretrained import load_safely, misfits, need_finite
 
 log = logging.getLogger("imas")
 
 LAST, PREVIOUS, BEST = "ckpt.pth", "ckpt_prev.pth", "ckpt_best.pth"
 _FILES = 4  # on the disk at once: these, and the one that is being written
 _OTHER_STATES = ("optimizer_state", "scaler_state", "method_state")  # of no network
-_SHOWN = 6
 
 
 def save(state: dict[str, Any], path: Path, twin: Path | None = None) -> None:
@@ -138,10 +137,9 @@ def load_network(network: nn.Module, name: str, state: dict[str, Any], path: str
     if state.get(state_key(name)) is None:
         raise UserError(f"{path}: has no network {name}; it has {', '.join(network_names(state))}")
     weights = {key.removeprefix("module."): tensor for key, tensor in state[state_key(name)].items()}
-    misfits = describe_misfits(compare_states(network.state_dict(), weights), _SHOWN)
-    if misfits:
+    if lines := misfits(network.state_dict(), weights):
         head = f"{path}: its {name} does not fit the network of the configuration:"
-        raise UserError("\n  ".join([head, *misfits]))
+        raise UserError("\n  ".join([head, *lines]))
     try:
         need_finite(weights, f"{path}, {name}")
     except ValueError as error:

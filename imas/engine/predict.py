@@ -39,12 +39,6 @@ _SHOWN = 6  # names of files that are left out
 _LARGEST_JPEG = 65_500  # pixels a side
 
 
-class Incomplete(UserError):
-    """Some images have no prediction; all others do."""
-
-    status = 1
-
-
 def find_images(words: Sequence[str], save_dir: Path) -> tuple[dict[Path, Path], list[str]]:
     """Image files of folders (with their sub-folders), of glob patterns, or by name.
 

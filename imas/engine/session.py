@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import distributed
-from ..data.check import unusable
+from ..data.check import look_at, refused
 from ..data.lists import Lists
 from ..errors import UserError
 from ..methods.base import Method
@@ -134,7 +134,7 @@ class Session:
         if not config.wants.pseudo_label or len(set(folders)) == 1:  # those of the experiment were looked at before
             return
         mine = Lists([], lists.unlabeled[distributed.rank() :: distributed.world_size()], [])
-        if problems := sum(distributed.gather(unusable(config, mine)), []):
+        if problems := sum(distributed.gather(refused(config, look_at(config, mine))), []):
             raise UserError("\n".join(problems))
 
     def network(self, kind: type[Method], stage: Config, which: str | int) -> nn.Module:

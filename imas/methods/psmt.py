@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from .. import distributed
 from ..models.deeplabv3plus import DeepLabV3Plus
-from ..models.ema import update_teacher
-from ..models.mean import MeanOfLogits
+from ..models.ema import MeanOfLogits, update_teacher
 from ..models.modes import evaluating
 from ..ops import mixing
 from ..ops.losses import pixel_cross_entropy

@@ -1,11 +1,11 @@
-"""The teacher: an exponential moving average of the student (paper, section 3.1; spec, Teacher)."""
+"""Teachers: exponential moving averages of the student (paper, section 3.1; spec, Teacher), and several as one."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
@@ -31,7 +31,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, buffers
         torch._foreach_copy_(*map(list, zip(*copied)))
 
 
-def _state(module: nn.Module, buffers: bool) -> list[torch.Tensor]:
+def _state(module: nn.Module, buffers: bool) -> list[Tensor]:
     return [tensor.detach() for tensor in (*module.parameters(), *(module.buffers() if buffers else ()))]
 
 
@@ -52,3 +52,19 @@ def teacher_decay(
         return 0.0
     k = iteration - sup_only_epoch * iterations_per_epoch
     return min(1 - 1 / (k + 1), ema_decay)
+
+
+class MeanOfLogits(nn.Module):
+    """Networks of which the mean logits count. It has no state of its own, and is made where it is needed.
+
+    Args:
+        networks: each gives a tuple that begins with its logits, all of one shape.
+    """
+
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        """(B, 3, H, W) normalised images → (logits (B, C, H, W), None), as from a single network."""
+        return sum(network(images)[0] for network in self.networks) / len(self.networks), None

@@ -32,11 +32,9 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model")  # keys b
 
 # What NumPy's numbers and arrays of numbers are pickled with, by the names of its two generations.
 _NUMPY = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
+_MULTIARRAY = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
 _NUMPY += [
-    (
-        getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, name),
-        f"numpy.{core}.multiarray.{name}",
-    )
+    (getattr(_MULTIARRAY, name), f"numpy.{core}.multiarray.{name}")
     for name in ("scalar", "_reconstruct")
     for core in ("core", "_core")
 ]
@@ -80,7 +78,6 @@ def load_encoder(encoder: ResNet, source: str | Path) -> None:
             f"{source}: a file of {kind} kind, for another stem than this encoder's; set net.encoder.kwargs.deep_stem "
             f"to {'true' if deep else 'false'}, or take another file (see pretrained/README.md)"
         )
-    misfits = compare_states(own, state)
     fitting = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
     if not fitting:
         raise ValueError(
@@ -91,8 +88,7 @@ def load_encoder(encoder: ResNet, source: str | Path) -> None:
     encoder.load_state_dict(fitting, strict=False)
     log.info("encoder weights from %s (%s kind): %d of %d tensors matched", source, kind, len(fitting), len(own))
     # num_batches_tracked is missing from files of old PyTorch versions and steers nothing here.
-    misfits["missing"] = [name for name in misfits["missing"] if not name.endswith("num_batches_tracked")]
-    for line in describe_misfits(misfits, _SHOWN):
+    for line in misfits(own, state, "num_batches_tracked"):
         log.warning("  %s", line)
 
 
@@ -103,29 +99,21 @@ def need_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
         raise ValueError(f"{source}: NaN or infinite numbers in {len(broken)} tensors: {', '.join(broken[:_SHOWN])}")
 
 
-def compare_states(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What keeps ``given`` from being the state of a network: names that are missing, unexpected, and misshapen ones
-    with both shapes.
+def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor], optional: str | None = None) -> list[str]:
+    """What keeps ``given`` from being the state ``own`` of a network, a line each for names that are missing,
+    unexpected, and misshapen. Names that end in ``optional`` may be missing.
     """
-    return {
-        "missing": [name for name in own if name not in given],
+    shapes = [(name, tuple(given[name].shape), tuple(own[name].shape)) for name in own if name in given]
+    kinds = {
+        "missing": [name for name in own if name not in given and not (optional and name.endswith(optional))],
         "unexpected": [name for name in given if name not in own],
-        "misshapen": [
-            f"{name} {tuple(given[name].shape)}, expected {tuple(own[name].shape)}"
-            for name in own
-            if name in given and given[name].shape != own[name].shape
-        ],
+        "misshapen": [f"{name} {got}, expected {expected}" for name, got, expected in shapes if got != expected],
     }
-
-
-def describe_misfits(misfits: Mapping[str, list[str]], shown: int) -> list[str]:
-    """A line for each kind of misfit that occurs, with the first ``shown`` names."""
-    return [
-        f"{len(names)} {what}: {', '.join(names[:shown])}"
-        + (f" and {len(names) - shown} more" if len(names) > shown else "")
-        for what, names in misfits.items()
-        if names
-    ]
+    lines = []
+    for what, names in kinds.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        lines += [f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}"] if names else []
+    return lines
 
 
 def fetch_torchvision(name: str) -> dict[str, Tensor]:
@@ -171,9 +159,8 @@ def load_safely(path: str | Path) -> Any:
         start = file.read(64)
     if not start:
         raise ValueError(f"{path}: the file is empty")
-    head = start.lstrip().lower()
     for words, what in _FOREIGN.items():
-        if head.startswith(words):
+        if start.lstrip().lower().startswith(words):
             raise ValueError(f"{path}: {what}")
     try:
         with torch.serialization.safe_globals(_NUMPY):

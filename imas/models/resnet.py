@@ -96,16 +96,11 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", layer)
             inputs = planes * block.expansion
         self.channels = tuple(width * 2**stage * block.expansion for stage in range(4))
-        self._initialise(zero_init_residual)
-
-    def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if zero_init_residual:
-            for module in self.modules():
-                if isinstance(module, BasicBlock | Bottleneck):
-                    nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
+            elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, 3, H, W) → x1 (1/4), x2, x3, x4, with ``channels`` channels."""

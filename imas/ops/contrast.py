@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .resize import resize, rows_of
+from .resize import full_size_blocks
 
 
 @torch.no_grad()
 def pixel_entropy(logits: Tensor, size: Sequence[int]) -> Tensor:
     """−Σ p·ln(p + 1e-10) of each pixel's softmax at full size: (B, C, h, w) → (B, \\*size) float32."""
     entropy = torch.empty((len(logits), *size), device=logits.device)
-    for i in range(len(logits)):
-        full = resize(logits[i : i + 1].float(), size)[0]
-        for rows in rows_of(full):
-            p = full[:, rows].softmax(dim=0)
-            entropy[i, rows] = -(p * (p + 1e-10).log()).sum(dim=0)
+    for i, rows, block in full_size_blocks(logits, size):
+        p = block.softmax(dim=0)
+        entropy[i, rows] = -(p * (p + 1e-10).log()).sum(dim=0)
     return entropy
 
 

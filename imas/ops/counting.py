@@ -29,15 +29,8 @@ def within(values: Tensor, bound: int) -> bool:
 
 
 def need_classes(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """See that all labels are in [0, ``num_classes``). Waits for a CUDA device.
-
-    Args:
-        name: of the labels, for the message.
-        labels: integers of any shape, the ignored ones replaced by a class.
-        ignore_index: for the message.
-
-    Raises:
-        ValueError: some are not.
+    """Raise ``ValueError`` where integer labels, of which the ignored ones are replaced by a class, are not in
+    [0, ``num_classes``). Waits for a CUDA device.
     """
     if not within(labels, num_classes):
         found = labels[(labels < 0) | (labels >= num_classes)][0].item()

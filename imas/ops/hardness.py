@@ -79,15 +79,19 @@ def score_predictions(
     rho_s = (student.confidence >= threshold).float().mean(dim=(1, 2))
     rho_t = (teacher.confidence >= threshold).float().mean(dim=(1, 2))
 
-    joint = count_pairs(student.label, teacher.label, num_classes)
+    pairs = torch.add(teacher.label, student.label, alpha=num_classes)
+    joint = count(pairs, num_classes**2).view(-1, num_classes, num_classes)  # pixels: [image, student's, teacher's]
     n_s, n_t = joint.sum(2), joint.sum(1)
     both = joint.diagonal(dim1=1, dim2=2)
     union = n_s + n_t - both
     iou = both / union.clamp(min=1)  # 0 for a class that neither predicts; its weight is 0, too
 
     if class_weighted:
-        wiou_s = _weighted_mean(iou, n_s, ignore_background)
-        wiou_t = _weighted_mean(iou, n_t, ignore_background)
+        if ignore_background:
+            n_s[:, 0] = 0
+            n_t[:, 0] = 0
+        weights = (pixels / pixels.sum(1, keepdim=True).clamp(min=1) for pixels in (n_s, n_t))
+        wiou_s, wiou_t = ((weight * iou).sum(1).float() for weight in weights)
     else:
         wiou_s = wiou_t = (iou.sum(1) / (union > 0).sum(1)).float()
 
@@ -95,18 +99,3 @@ def score_predictions(
     divisor = 2.0 if version == 1 else rho_t + rho_s
     score = torch.where(rho_t + rho_s > 0, total / divisor, torch.zeros_like(total))
     return Hardness(score, rho_s, rho_t)
-
-
-def count_pairs(first: Tensor, second: Tensor, num_classes: int) -> Tensor:
-    """Per image, the pixels of each pair of labels: (B, H, W) and (B, H, W) → (B, C, C) float64, [b, first, second]."""
-    pairs = count(torch.add(second, first, alpha=num_classes), num_classes**2)
-    return pairs.view(-1, num_classes, num_classes)
-
-
-def _weighted_mean(iou: Tensor, pixels: Tensor, ignore_background: bool) -> Tensor:
-    """Mean over classes of (B, C) IoU, weighted by (B, C) pixel counts; 0 where no weight is left."""
-    if ignore_background:
-        pixels = pixels.clone()
-        pixels[:, 0] = 0
-    weight = pixels / pixels.sum(1, keepdim=True).clamp(min=1)
-    return (weight * iou).sum(1).float()

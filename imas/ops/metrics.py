@@ -13,14 +13,9 @@ _AT_ONCE = 2**18  # pixels that a CPU counts in one go: what they need stays in 
 class ConfusionMatrix:
     """Pixel counts over a data set, from which every figure of an evaluation follows.
 
-    ``counts`` is (C, C) int64: [true class, predicted class]. Pixels whose true class is ``ignore_index`` do not
-    count. A class that appears in neither truth nor prediction, or never in the truth, is *absent*: its IoU is NaN,
-    and means run over the classes present in the truth.
-
-    Args:
-        num_classes: C.
-        ignore_index: label of pixels to leave out.
-        device: where the counts live.
+    ``counts`` is (C, C) int64 on the device: [true class, predicted class]. Pixels whose true class is
+    ``ignore_index`` do not count. A class that never appears in the truth is *absent*: its IoU is NaN, and means run
+    over the classes present in the truth.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import reduce
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -70,12 +70,9 @@ def _truncated_normal(low: float, high: float, mean: float, uniform: float) -> f
     sigma = max(mean - low, high - mean) / 3
     if sigma == 0:
         return mean
-    normal = torch.distributions.Normal(
-        torch.tensor(mean, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
-    )
-    ends = normal.cdf(torch.tensor([low, high], dtype=torch.float64))
-    drawn = normal.icdf(ends[0] + (ends[1] - ends[0]) * uniform).item()
-    return min(max(drawn, low), high)
+    normal = NormalDist(mean, sigma)
+    first, last = normal.cdf(low), normal.cdf(high)
+    return min(max(normal.inv_cdf(first + (last - first) * uniform), low), high)
 
 
 def beta_side(generator: torch.Generator, alpha: float = 4.0, beta: float = 4.0) -> float:
@@ -101,18 +98,13 @@ def cutmix_mask(
     clipped to the image.
 
     Args:
-        batch, height, width: B, H, W.
         side: fraction of the image's, in (0, 1], one for the batch.
-        generator: on the CPU.
         device: of the mask.
     """
     rows = torch.randint(height // border, height, (batch,), generator=generator)
     columns = torch.randint(width // border, width, (batch,), generator=generator)
-    return centred_boxes(height, width, side, *_sent(torch.stack([rows, columns]), device))
-
-
-def _sent(numbers: Tensor, device: torch.device | str) -> Tensor:
-    return numbers.to(device, non_blocking=True)
+    centres = torch.stack([rows, columns]).to(device, non_blocking=True)
+    return centred_boxes(height, width, side, *centres)
 
 
 def centred_boxes(height: int, width: int, side: float, rows: Tensor, columns: Tensor) -> Tensor:
@@ -155,16 +147,11 @@ def area_mask(
 
     boxes = [area_box(height, width, draw) if draw() < probability else (0, 0, 0, 0) for _ in range(batch)]
     ends = [(top, left, top + box_height, left + box_width) for top, left, box_height, box_width in boxes]
-    return box_mask(_sent(torch.tensor(ends), device), height, width)
+    return box_mask(torch.tensor(ends).to(device, non_blocking=True), height, width)
 
 
 def share_boxes(
-    height: int,
-    width: int,
-    share: Tensor,
-    exponent: Tensor,
-    position: Tensor,
-    device: torch.device | str = "cpu",
+    height: int, width: int, share: Tensor, exponent: Tensor, position: Tensor, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Boxes of a share of the image's area, in any shape and place (CPS, PS-MT on Cityscapes).
 
@@ -184,34 +171,22 @@ def share_boxes(
     size = share.new_tensor([height, width])
     sides = (torch.stack([high, share / high], dim=-1) * math.sqrt(1 / 3) * size).round()
     first = ((size - sides) * position).round()
-    first, last = _sent(torch.stack([first, first + sides]), device)
-    places = [torch.arange(side, device=device) for side in (height, width)]
-    rows, columns = (
-        (place >= first[..., i, None]) & (place < last[..., i, None]) for i, place in enumerate(places)
-    )  # (B, K, H) and (B, K, W)
-    return rows.unsqueeze(3) & columns.unsqueeze(2)
+    boxes = torch.cat([first, first + sides], dim=-1)
+    return box_mask(boxes.to(device, non_blocking=True), height, width)
 
 
-def toggled_boxes(
-    height: int,
-    width: int,
-    share: Tensor,
-    exponent: Tensor,
-    position: Tensor,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """The ``share_boxes``, each of which toggles what it covers: an overlap of two is outside again (CPS). (B, H, W)
-    bool.
-    """
-    return reduce(torch.logical_xor, share_boxes(height, width, share, exponent, position, device).unbind(1))
+def toggled(boxes: Tensor) -> Tensor:
+    """(B, K, H, W) boxes, each of which toggles what it covers: an overlap of two is outside again (CPS). (B, H, W)."""
+    return boxes.sum(1) % 2 == 1
 
 
 def toggled_mask(
     batch: int, height: int, width: int, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Three ``toggled_boxes`` in each image, every share uniform in [0.25, 0.5]: (B, H, W) bool."""
+    """Three ``toggled`` boxes in each image, every share uniform in [0.25, 0.5]: (B, H, W) bool."""
     draws = torch.rand(batch, 3, 4, generator=generator, dtype=torch.float64)
-    return toggled_boxes(height, width, 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:], device)
+    share, exponent, position = 0.25 + 0.25 * draws[..., 0], draws[..., 1], draws[..., 2:]
+    return toggled(share_boxes(height, width, share, exponent, position, device))
 
 
 def half_boxes(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -231,10 +206,10 @@ def half_boxes(batch: int, height: int, width: int, generator: torch.Generator) 
 
 
 def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
-    """(B, 4) boxes (top, left, and behind the last row and column) → (B, H, W) bool, True inside, on their device."""
-    top, left, bottom, right = boxes.view(-1, 4, 1, 1).unbind(1)
-    y = torch.arange(height, device=boxes.device).view(1, -1, 1)
-    x = torch.arange(width, device=boxes.device).view(1, 1, -1)
+    """(…, 4) boxes (top, left, and behind the last row and column) → (…, H, W) bool, True inside, on their device."""
+    top, left, bottom, right = boxes[..., None, None].unbind(-3)
+    y = torch.arange(height, device=boxes.device).unsqueeze(1)
+    x = torch.arange(width, device=boxes.device)
     return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
 
@@ -244,7 +219,7 @@ def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
     Args:
         base: images (B, 3, H, W), labels or confidences (B, H, W).
         partner: (B,) int64, of ``cutmix_partners``, or any permutation.
-        mask: (B, H, W) bool, True where the partner is seen, of ``cutmix_mask``.
+        mask: (B, H, W) bool, True where the partner is seen.
     """
     return put(base, base[partner], mask)
 

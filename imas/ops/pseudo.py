@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .counting import count
-from .resize import resize, rows_of
+from .resize import full_size_blocks
 
 
 class Prediction(NamedTuple):
@@ -36,7 +36,7 @@ def predict(logits: Tensor, size: Sequence[int] | None = None) -> Prediction:
         size: H, W that the logits are resized to; default: theirs.
     """
     prediction = _empty(logits, size)
-    for i, rows, block in _blocks(logits, prediction.label.shape[-2:]):
+    for i, rows, block in full_size_blocks(logits, prediction.label.shape[-2:]):
         highest, prediction.label[i, rows] = block.max(dim=0)
         prediction.confidence[i, rows] = (block - highest).exp_().sum(dim=0).reciprocal_()
     return prediction
@@ -57,7 +57,7 @@ def predict_scored(logits: Tensor, size: Sequence[int] | None = None) -> tuple[P
     """
     prediction = _empty(logits, size)
     score = torch.zeros(len(logits), device=logits.device)
-    for i, rows, block in _blocks(logits, prediction.label.shape[-2:]):
+    for i, rows, block in full_size_blocks(logits, prediction.label.shape[-2:]):
         highest, prediction.label[i, rows] = block.max(dim=0)
         block = block - highest
         weights = block.exp()
@@ -73,14 +73,6 @@ def _empty(logits: Tensor, size: Sequence[int] | None) -> Prediction:
     shape = (len(logits), *(size or logits.shape[-2:]))
     label = torch.empty(shape, dtype=torch.int64, device=logits.device)
     return Prediction(label, torch.empty(shape, device=logits.device))
-
-
-def _blocks(logits: Tensor, size: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
-    """(image, rows, their float32 logits at full size)."""
-    for i in range(len(logits)):
-        full = resize(logits[i : i + 1].float(), size)[0]
-        for rows in rows_of(full):
-            yield i, rows, full[:, rows]
 
 
 def logged_shares(pseudo: Prediction, threshold: float, label: Tensor, num_classes: int) -> dict[str, Tensor]:

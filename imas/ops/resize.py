@@ -22,9 +22,15 @@ def resize(features: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(features, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def rows_of(logits: Tensor) -> Iterator[slice]:
-    """The rows of an image's (C, H, W) logits, in blocks: as many as a CPU's cache holds, elsewhere all of them."""
-    classes, height, width = logits.shape
-    step = max(1, _BLOCK // (classes * width)) if logits.device.type == "cpu" else height
-    for top in range(0, height, step):
-        yield slice(top, top + step)
+def full_size_blocks(logits: Tensor, size: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
+    """(B, C, h, w) logits resized an image at a time: (image, rows, float32 logits of these rows, (C, rows, W)).
+
+    As many rows at a time as a CPU's cache holds, elsewhere all of an image.
+    """
+    for i in range(len(logits)):
+        full = resize(logits[i : i + 1].float(), size)[0]
+        classes, height, width = full.shape
+        step = max(1, _BLOCK // (classes * width)) if full.device.type == "cpu" else height
+        for top in range(0, height, step):
+            rows = slice(top, top + step)
+            yield i, rows, full[:, rows]

@@ -96,11 +96,9 @@ def _facts(run: Record) -> dict[str, Any]:
         "method": run.recipe.get("method") or ", ".join(key for key in run.recipe if key not in _GENERAL),
         "epochs": f"{run.epochs} of {recipe.get('trainer.epochs', '?')}" if not run.stages else "",
     }
-    for column, (x, y) in run.curves.items():
-        kind, _, network = column.partition("_")
-        if kind == "miou":
-            best = f"{max(y):.2f} % in epoch {x[y.index(max(y))]}; last {y[-1]:.2f} %, {max(y) - y[-1]:.2f} points lost"
-            facts[f"best mIoU, {NETWORK_NAMES.get(network, network)}"] = best
+    for network, (x, y) in run.mious.items():
+        best = f"{max(y):.2f} % in epoch {x[y.index(max(y))]}; last {y[-1]:.2f} %, {max(y) - y[-1]:.2f} points lost"
+        facts[f"best mIoU, {network}"] = best
     facts |= {
         "measured on": ", ".join(f"{key} {value}" for key, value in protocol if value not in (None, False, [1.0])),
         "data set": recipe.get("dataset.type"),

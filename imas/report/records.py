@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,12 @@ class Record:
     starts: list[dict]  # run.yaml
     stages: list[Record]  # log/<stage>/, in the order in which they were trained
 
+    @property
+    def mious(self) -> dict[str, Curve]:
+        """mIoU in percent by network."""
+        columns = {column.removeprefix("miou_"): column for column in self.curves if column.startswith("miou_")}
+        return {NETWORK_NAMES.get(name, name): self.curves[column] for name, column in columns.items()}
+
 
 def read_records(runs: Sequence[Path]) -> list[Record]:
     """Read the runs in folders that contain ``log/``, or in log folders."""
@@ -64,8 +70,7 @@ def _log_folder(run: Path) -> Path:
 def _read(log: Path, name: str, colour: str = "c0", label: str = "") -> Record:
     curves: dict[str, Curve] = {}
     for path in (log / "metrics.csv", log / "training.csv"):
-        cells = ((column, row["epoch"], cell) for row in _rows(path, "epoch") for column, cell in row.items())
-        curves |= _curves(path, cells)
+        curves |= _curves(path)
     epochs = curves.pop("epoch", Curve([-1], [])).epochs[-1] + 1
     warnings = [(row["epoch"], row["warning"]) for row in _rows(log / "warnings.csv", "epoch", "warning")]
     kinds = {"evaluation.json": dict, "config.yaml": dict, "run.yaml": list}
@@ -85,18 +90,20 @@ def _rows(path: Path, *columns: str) -> Iterator[dict[str, str]]:
             yield from (row for row in reader if None not in row and None not in row.values())
 
 
-def _curves(path: Path, cells: Iterable[tuple[str, str, str]]) -> dict[str, Curve]:
-    """Curves by name, from (name, epoch, value); cells that are empty or not finite are left out."""
+def _curves(path: Path) -> dict[str, Curve]:
+    """Curves by column; cells that are empty or not finite are left out."""
     curves: dict[str, Curve] = {}
-    for name, *pair in cells:
-        try:
-            epoch, value = (float(cell or "nan") for cell in pair)
-        except ValueError:
-            raise UserError(f"{path}: expected numbers, got {pair[1][:80]!r} for {name} in epoch {pair[0]}") from None
-        if math.isfinite(epoch) and math.isfinite(value):
-            curve = curves.setdefault(name, Curve([], []))
-            curve.epochs.append(int(epoch))
-            curve.values.append(value)
+    for row in _rows(path, "epoch"):
+        for name, cell in row.items():
+            try:
+                epoch, value = float(row["epoch"] or "nan"), float(cell or "nan")
+            except ValueError:
+                where = f"{name} in epoch {row['epoch']}"
+                raise UserError(f"{path}: expected numbers, got {cell[:80]!r} for {where}") from None
+            if math.isfinite(epoch) and math.isfinite(value):
+                curve = curves.setdefault(name, Curve([], []))
+                curve.epochs.append(int(epoch))
+                curve.values.append(value)
     return curves
 
 

@@ -18,7 +18,7 @@ from imas.engine.optim import build_optimizer, param_groups
 from imas.methods.base import Labeled, Progress, Unlabeled
 from imas.methods.cps import CPS, Options
 from imas.ops.losses import cross_entropy, ohem_cross_entropy
-from imas.ops.mixing import toggled_boxes, toggled_mask
+from imas.ops.mixing import share_boxes, toggled, toggled_mask
 from imas.schema import Optimizer, OptimizerKwargs
 
 
@@ -61,7 +61,7 @@ def _criterion(case: dict) -> Any:
 def _mask_of(seed: int, count: int, size: list[int]) -> Tensor:
     rng = np.random.RandomState(seed)
     share, exponent, position = rng.uniform(0.25, 0.5, (count, 3)), rng.rand(count, 3), rng.rand(count, 3, 2)
-    return toggled_boxes(*size, *map(torch.from_numpy, (share, exponent, position)))
+    return toggled(share_boxes(*size, *map(torch.from_numpy, (share, exponent, position))))
 
 
 def _method(case: dict, networks: list[nn.Module]) -> CPS:

@@ -115,7 +115,7 @@ def _cutmix(case: dict) -> None:
     method = _method("box" if "lambda" in case else "three_boxes")
     boxes, partner = case["boxes_top_bottom_left_right"], torch.tensor(case["partner"])
     if "lambda" in case:
-        rows, columns = (torch.tensor(case[key]).view(-1, 1, 1) for key in ("centre_row", "centre_column"))
+        rows, columns = (torch.tensor(case[key]) for key in ("centre_row", "centre_column"))
         with (
             mock.patch.object(mixing, "beta_side", return_value=math.sqrt(1 - case["lambda"])),
             mock.patch("torch.randint", side_effect=[rows, columns]),

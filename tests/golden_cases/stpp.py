@@ -19,7 +19,7 @@ from imas import load_config
 from imas.build import build_model
 from imas.data.loaders import EpochSampler
 from imas.data.strong import KINDS, cutout, cutout_box
-from imas.data.weak import resized_size, weak_view
+from imas.data.weak import Geometry, resized_size, weak_view
 from imas.engine.fit import _note_results
 from imas.engine.optim import build_optimizer, learning_rate
 from imas.methods.base import Labeled, Progress, Unlabeled
@@ -272,7 +272,9 @@ def run_augmentation(case: dict) -> None:
         assert rng.ranges == [case["resize_long_side"][name]]
         assert train.crop.size == (case["crop"][name],) * 2 and train.flip and case["flip_probability"] == 0.5
         assert train.strong_aug.type == "jitter" and train.strong_aug.cutout
-    padded = weak_view(Image.new("RGB", (4, 4)), Image.new("L", (4, 4)), np.random.default_rng(0), crop=(6, 6))[1]
+    padded = weak_view(
+        Image.new("RGB", (4, 4)), Image.new("L", (4, 4)), np.random.default_rng(0), Geometry(crop=(6, 6))
+    )[1]
     assert case["pad"]["label"] == 255 and case["pad"]["sides"] == "right and bottom"  # images: our mean colour
     assert (np.asarray(padded)[:4, :4] == 0).all() and (np.asarray(padded) == 255).sum() == 20
 
