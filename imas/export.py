@@ -75,15 +75,20 @@ def _images(batch: int, height: int, width: int) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Load, export, compare."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m imas.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a file written by training")
     parser.add_argument("out", metavar="OUT.pt2", type=Path, help="the program")
     parser.add_argument("--network", metavar="NAME", help="default: the one that selected the best checkpoint")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Load, export, compare."""
+    options = parse(arguments)
     if options.out.suffix != ".pt2" or not options.out.absolute().parent.is_dir():
         raise UserError(f"{options.out}: expected a name that ends in .pt2, in a folder that exists")
     export(*load_checkpoint(options.checkpoint, options.network), options.out)

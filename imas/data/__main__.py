@@ -37,8 +37,8 @@ _NEW: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    """Call the command that the command line names."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ``command`` is the function to call with it."""
     parser = argparse.ArgumentParser(prog="python -m imas.data", description="Tools for data.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text = "complete data/splits with the published lists, or draw new ones (--new): see data/splits/README.md"
@@ -60,8 +60,7 @@ def main() -> None:
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that read (default: one a core)")
     command.add_argument("--verbose", action="store_true", help="name every file, not the first ten of a kind")
     command.add_argument("--write", type=Path, metavar="FILE", help="write what is wrong with which file to this file")
-    options = parser.parse_args()
-    options.command(options)
+    return parser.parse_args(arguments)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -103,6 +102,12 @@ def splits(options: argparse.Namespace) -> None:
         options.out, names, options.labeled, options.val,
         seed=options.seed or 0, masks=masks, force=options.force,
     )  # fmt: skip
+
+
+def main() -> None:
+    """Call the command that the command line names."""
+    options = parse()
+    options.command(options)
 
 
 if __name__ == "__main__":
