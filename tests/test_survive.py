@@ -470,15 +470,24 @@ def test_slurm_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     distributed.read_launcher()
     assert "RANK" not in os.environ  # a plain process of a batch script: one process
     for name, value in {
-        "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu7,gpu9",
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "localhost,gpu9",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     distributed.read_launcher()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    assert [os.environ[name] for name in names] == ["3", "4", "1", "gpu7", "31234"]
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "localhost", "31234"]
     monkeypatch.setenv("RANK", "0")  # of torchrun inside srun
     distributed.read_launcher()
     assert os.environ["RANK"] == "0"
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "no-such-node.invalid")
+    distributed.read_launcher()  # an address that is set is taken
+    assert os.environ["MASTER_ADDR"] == "localhost"
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match="the node no-such-node.invalid has no address on .*; set MASTER_ADDR"):
+        distributed.read_launcher()
 
 
 def test_srun_starts_two_processes(experiment: Experiment) -> None:
