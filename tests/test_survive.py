@@ -209,6 +209,29 @@ def test_another_number_of_processes_within_an_epoch(
     assert f"of the {len(seen)} images seen the last {again} are seen again" in caplog.text
 
 
+def test_no_rank_ends_before_rank_0_has_saved(experiment: Experiment, tmp_path: Path) -> None:
+    """Launchers kill the others some seconds after the first that ends."""
+    config, script = experiment(), tmp_path / "slow.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import pathlib, sys, time; sys.path.insert(0, {str(ROOT)!r})
+        import torch, train_semi
+        from imas.engine.interrupt import Interruption
+        from imas.errors import run_script
+        save = torch.save
+        torch.save = lambda *arguments: time.sleep(2) or save(*arguments)
+        Interruption.asked = Interruption.stops_before = lambda self, iteration: iteration > 0
+        try:
+            run_script(train_semi.main)
+        finally:
+            print("saved" if pathlib.Path({str(config.parent / "checkpoints" / "ckpt.pth")!r}).is_file() else "not yet")
+        """)
+    )
+    ended = run_ranks(script, "--config", config)
+    assert [each.returncode for each in ended] == [75, 75], ended
+    assert [each.stdout.split()[-1] for each in ended] == ["saved", "saved"]
+
+
 # What makes the ranks one run
 
 
