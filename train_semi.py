@@ -61,12 +61,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Check everything that can be checked, then train."""
     options = parse(arguments)
+    distributed.read_launcher()  # first: errors name the rank
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: expected 0 or more")
     config = load_config(options.config, options.set)
     if options.out is not None:
         config = replaced(config, {"out": options.out})
-    distributed.read_launcher()
     start_logging()
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

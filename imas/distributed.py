@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import platform
+import socket
 import subprocess
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,7 +54,8 @@ def read_launcher() -> None:
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = tasks
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = _first_host(environment["SLURM_STEP_NODELIST"])
     number = int(environment["SLURM_JOB_ID"]) + 7919 * int(environment.get("SLURM_STEP_ID", 0))  # of each step its own
     environment.setdefault("MASTER_PORT", str(20_000 + number % 20_000))
 
@@ -79,16 +81,28 @@ def _need(names: tuple[str, ...], given: str, launcher: str) -> None:
 
 
 def _first_host(nodes: str) -> str:
-    """Of SLURM's short form of a list of nodes, such as ``gpu[03-05,07]``."""
-    if "[" not in nodes:
-        return nodes.split(",")[0]
+    """Of SLURM's short form of a list of nodes, such as ``gpu[03-05,07]``.
+
+    Raises:
+        UserError: the list cannot be read; that node has no address, for which torch would ask for minutes.
+    """
+    host = nodes.split(",")[0]
+    if "[" in nodes:
+        try:
+            shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(
+                f"SLURM_STEP_NODELIST {nodes}: scontrol cannot tell its hosts ({error}); set MASTER_ADDR"
+            ) from None
+        host = shown.stdout.split()[0]
     try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
         raise UserError(
-            f"SLURM_STEP_NODELIST {nodes}: scontrol cannot tell its hosts ({error}); set MASTER_ADDR"
+            f"the node {host} has no address on {platform.node()} ({error.strerror}); set MASTER_ADDR to the NodeAddr "
+            f"or NodeHostName that scontrol show node {host} prints"
         ) from None
-    return shown.stdout.split()[0]
+    return host
 
 
 @contextmanager

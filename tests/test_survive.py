@@ -210,6 +210,29 @@ def test_another_number_of_processes_within_an_epoch(
     assert f"of the {len(seen)} images seen the last {again} are seen again" in caplog.text
 
 
+def test_no_rank_ends_before_rank_0_has_saved(experiment: Experiment, tmp_path: Path) -> None:
+    """Launchers kill the others some seconds after the first that ends."""
+    config, script = experiment(), tmp_path / "slow.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import pathlib, sys, time; sys.path.insert(0, {str(ROOT)!r})
+        import torch, train_semi
+        from imas.engine.interrupt import Interruption
+        from imas.errors import run_script
+        save = torch.save
+        torch.save = lambda *arguments: time.sleep(2) or save(*arguments)
+        Interruption.asked = Interruption.stops_before = lambda self, iteration: iteration > 0
+        try:
+            run_script(train_semi.main)
+        finally:
+            print("saved" if pathlib.Path({str(config.parent / "checkpoints" / "ckpt.pth")!r}).is_file() else "not yet")
+        """)
+    )
+    ended = run_ranks(script, "--config", config)
+    assert [each.returncode for each in ended] == [75, 75], ended
+    assert [each.stdout.split()[-1] for each in ended] == ["saved", "saved"]
+
+
 # What makes the ranks one run
 
 
@@ -472,15 +495,24 @@ def test_slurm_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     distributed.read_launcher()
     assert "RANK" not in os.environ  # a plain process of a batch script: one process
     for name, value in {
-        "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu7,gpu9",
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "localhost,gpu9",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     distributed.read_launcher()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    assert [os.environ[name] for name in names] == ["3", "4", "1", "gpu7", "31234"]
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "localhost", "31234"]
     monkeypatch.setenv("RANK", "0")  # of torchrun inside srun
     distributed.read_launcher()
     assert os.environ["RANK"] == "0"
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "no-such-node.invalid")
+    distributed.read_launcher()  # an address that is set is taken
+    assert os.environ["MASTER_ADDR"] == "localhost"
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match="the node no-such-node.invalid has no address on .*; set MASTER_ADDR"):
+        distributed.read_launcher()
 
 
 def test_srun_starts_two_processes(experiment: Experiment) -> None:

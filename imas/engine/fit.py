@@ -124,6 +124,7 @@ def _saved(run: Run) -> Iterator[None]:
         raise
     except Interrupted as stop:
         save(run, False)
+        distributed.barrier()  # launchers kill what still runs some seconds after the first rank has ended
         raise stop.with_traceback(None) from None  # which lets go of the loader, and its workers end
     except Exception:
         if distributed.world_size() == 1 and run.whole:
