@@ -96,6 +96,16 @@ def test_logs_of_an_earlier_run_are_set_aside(finished: Path, tmp_path: Path) ->
     assert len(yaml.safe_load((folder / "log/run.yaml").read_text())) == 2
 
 
+def test_a_checkpoint_of_another_folder_does_not_go_on_in_the_logs_of_this_one(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished.parent / "log", folder / "log")
+    words = ("--out", str(folder), "--resume", str(finished.parent / "checkpoints/ckpt.pth"))
+    train_semi.main(["--config", str(finished), *words, "--set", "trainer.epochs=4"])
+    assert (folder / "log_before_1/metrics.csv").read_text() == (finished.parent / "log/metrics.csv").read_text()
+    with open(folder / "log/metrics.csv", newline="", encoding="utf-8") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["2", "3"]
+
+
 def test_no_epoch_before_the_first(finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     method = build_method(load_config(finished), pretrained=False)
     optimizer = torch.optim.SGD(method.parameters(), 0.1)

@@ -127,11 +127,12 @@ def analyse(runs: Sequence[Run], arms: Sequence[str], seeds: Sequence[int], base
             entries[arm]["difference"][which] = difference(ours, theirs)
     notes = _notes(selected, seeds, baseline)
     for one, other in combinations(arms, 2):
-        pairs = [[selected[name][which]["mean"] for name in (one, other)] for which in _WHICH]
-        if None not in sum(pairs, []) and math.prod(first - second for first, second in pairs) < 0:
+        gaps = [difference(*(selected[name][which]["seeds"] for name in (one, other))) for which in _WHICH]
+        if None not in gaps and math.prod(gap["mean"] for gap in gaps) < 0:
             entries[one]["order"] = entries[other]["order"] = True
-            texts = (" / ".join(f"{value:.2f}" for value in pair) for pair in pairs)
-            notes.append("† last and best order {} / {} differently: last {}, best {}".format(one, other, *texts))
+            last, best = (_signed(gap["mean"]) for gap in gaps)
+            text = f"† last and best order {one} and {other} differently"
+            notes.append(f"{text}: last {last}, best {best} for the first")
     header = {key: spread({(run.arm, run.seed): run.facts[key] for run in runs}) for key in runs[0].facts}
     return {"header": header, "seeds": [*seeds], "baseline": baseline, "arms": entries, "notes": notes}
 

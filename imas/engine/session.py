@@ -101,11 +101,11 @@ class Session:
         run = Run(config, lists, self.seed, self.device, method.to(self.device), self.interruption)
         if found is not None:
             resume(run, found, self.by_hand)
-        else:
-            if momentum is not None:
-                checkpoint.take_momentum(run.optimizer, start, momentum)
-            if distributed.is_main():
-                set_aside(config.folder, stage)
+        elif momentum is not None:
+            checkpoint.take_momentum(run.optimizer, start, momentum)
+        own = found is not None and found.resolve().parent == config.snapshot_dir.resolve()
+        if distributed.is_main() and not own:
+            set_aside(config.folder, stage)
         source = "none" if found is None else found.name
         distributed.agree({"checkpoint": source, "epochs done": run.epoch, "updates done of the next": run.step})
         fit(run, keep)
