@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     protocol = Protocol(None if options.whole else config.dataset.val.crop.size, options.flip, tuple(options.scales))
     name, network = network_of(state, options.checkpoint, config, options.network)
     about = {"network": name, "checkpoint": str(options.checkpoint), "epoch": state.get("epoch")}
-    (evaluate if options.images is None else predict)(options, config, network, protocol, about)
+    (evaluate_list if options.images is None else predict_files)(options, config, network, protocol, about)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -159,7 +159,7 @@ def read_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
     return replaced(config, {key: str(path) for key, path in given.items() if path is not None})
 
 
-def evaluate(
+def evaluate_list(
     options: argparse.Namespace, config: Config, network: nn.Module, protocol: Protocol, about: dict[str, Any]
 ) -> None:
     """Count on labeled images; print the table, and write what was asked for."""
@@ -187,7 +187,7 @@ def evaluate(
         log.info("written: %s", path)
 
 
-def predict(
+def predict_files(
     options: argparse.Namespace, config: Config, network: nn.Module, protocol: Protocol, about: dict[str, Any]
 ) -> None:
     """Write predictions of image files.

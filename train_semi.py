@@ -147,10 +147,10 @@ def show_recipe(config: Config, lists: Lists, seed: int) -> None:
         log.info("translated: %s", "; ".join(config.translated))
     for line in explain_batch(config, world):
         log.warning(line)
-    health = examine(config, lists, decoded=_DECODED)
-    log.info("data, with %d images of each training list:\n%s", _DECODED, "\n".join([health.table, *health.lines()]))
+    found = examine(config, lists, decoded=_DECODED)
+    log.info("data, with %d images of each training list:\n%s", _DECODED, "\n".join([found.table, *found.lines()]))
     log.info("%s", in_numbers(config, lists, len(data), world))
-    if health.wrong:
+    if found.wrong:
         raise UserError("something is wrong with the data, see above; python -m imas.data check looks at all of it", 1)
     log.info("checked: nothing is wrong, and nothing was written")
 

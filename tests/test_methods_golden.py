@@ -24,7 +24,7 @@ def _cases() -> Iterator[Any]:
             yield pytest.param(runner, case, id=f"{path.stem}-{name}")
 
 
-@pytest.mark.parametrize(("runner", "case"), _cases())
+@pytest.mark.parametrize(("runner", "case"), list(_cases()))
 def test_golden(runner: Any, case: Any) -> None:
     runner.run(case)
 

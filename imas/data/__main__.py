@@ -66,13 +66,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def check(options: argparse.Namespace) -> None:
     """The doctor's table and findings."""
     config = load_config(options.config, options.set)
-    health = examine(config, read_lists(config), workers=options.workers)
-    print("\n".join([health.table, "", *health.lines(sys.maxsize if options.verbose else SHOWN)]))
+    found = examine(config, read_lists(config), workers=options.workers)
+    print("\n".join([found.table, "", *found.lines(sys.maxsize if options.verbose else SHOWN)]))
     if options.write is not None:
-        files = [file for finding in health.findings for file in finding.files]
+        files = [file for finding in found.findings for file in finding.files]
         options.write.write_text("".join(f"{file}\n" for file in files), encoding="utf-8")
         print(f"{len(files)} files: {options.write}")
-    if health.wrong:
+    if found.wrong:
         raise UserError(f"{options.config}: something is wrong with the data, see above", 1)
     print("nothing is wrong")
 

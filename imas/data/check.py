@@ -47,7 +47,7 @@ class Finding(NamedTuple):
         return "\n  ".join([self.text, *self.files[:shown], *more])
 
 
-class Health(NamedTuple):
+class DataReport(NamedTuple):
     """What ``examine`` found."""
 
     findings: list[Finding]
@@ -113,7 +113,7 @@ def refused(config: Config, looks: dict[str, list[Look]]) -> list[str]:
     return wrong
 
 
-def examine(config: Config, lists: Lists, *, workers: int = _THREADS, decoded: int | None = None) -> Health:
+def examine(config: Config, lists: Lists, *, workers: int = _THREADS, decoded: int | None = None) -> DataReport:
     """Look at every image and mask of an experiment.
 
     Args:
@@ -123,7 +123,7 @@ def examine(config: Config, lists: Lists, *, workers: int = _THREADS, decoded: i
     looks = look_at(config, lists, decoded, workers)
     findings = [*_broken(config, looks).values(), *_of_lists(config, lists)]
     findings += [*_of_classes(config, looks), *_of_pictures(config, looks)]
-    return Health(findings, _table(config, lists, looks), _in_words(counted(config, lists, looks)))
+    return DataReport(findings, _table(config, lists, looks), _in_words(counted(config, lists, looks)))
 
 
 def counted(config: Config, lists: Lists, looks: dict[str, list[Look]]) -> dict[str, Any]:
