@@ -106,7 +106,8 @@ def prepare(config: Config, resume: str, seed: int, check: bool) -> Lists | None
     in_folder = Together() if check and resume in ("auto", "never") else together
     together(_check_batch, config)
     resumed = in_folder(checkpoint.find_checkpoint, config.snapshot_dir, resume)
-    if resumed is not None and distributed.is_main() and not METHODS[config.method].stages:  # each with its own recipe
+    stages = METHODS[config.method].stages  # each is compared with its own recipe when it begins
+    if resumed is not None and distributed.is_main() and not stages:
         in_folder(_check_resumed, resumed, config, seed, resume != "auto")
     lists = together(read_lists if check else check_data, config) if distributed.is_main() else None
     if config.saver.use_tb and distributed.is_main():

@@ -35,6 +35,7 @@ from imas.data import dataset
 from imas.data.cache import CachedSource
 from imas.data.catalog import PASCAL, open_source
 from imas.data.source import Source
+from imas.data.weak import Geometry
 from imas.schema import Dataset, StrongAug, TrainData
 
 from . import plain
@@ -53,14 +54,14 @@ class Case(NamedTuple):
     noise: float  # grey levels, so that files weigh what real ones do
     objects: int
     classes: int
-    geometry: dataset.Geometry
+    geometry: Geometry
 
 
 CASES = {
     "cityscapes": Case(
-        (1024, 2048), 12, 0.9, 120, 19, dataset.Geometry((1024, 2048), (0.5, 2.0), True, (769, 769), "rand", 255)
+        (1024, 2048), 12, 0.9, 120, 19, Geometry((1024, 2048), (0.5, 2.0), True, (769, 769), "rand", 255)
     ),
-    "pascal": Case((375, 500), 60, 8.0, 30, 21, dataset.Geometry(500, (0.5, 2.0), True, (513, 513), "rand", 255)),
+    "pascal": Case((375, 500), 60, 8.0, 30, 21, Geometry(500, (0.5, 2.0), True, (513, 513), "rand", 255)),
 }
 
 
@@ -127,7 +128,7 @@ class Clock:
         return self.seconds + Counter({"tensor, normalise": whole - self.seconds.total(), "all": whole})
 
 
-def ours(source: Source, names: list[str], geometry: dataset.Geometry) -> Callable[[int], tuple[dict, dict]]:
+def ours(source: Source, names: list[str], geometry: Geometry) -> Callable[[int], tuple[dict, dict]]:
     """Number → labeled and unlabeled sample, from the project's own data sets."""
     labeled = dataset.LabeledSet(source, names, geometry)
     unlabeled = dataset.UnlabeledSet(source, names, geometry, 1, _STRONG_AUG)
@@ -137,7 +138,7 @@ def ours(source: Source, names: list[str], geometry: dataset.Geometry) -> Callab
     )
 
 
-def twin(source: plain.PlainSource, names: list[str], geometry: dataset.Geometry) -> Callable[[int], tuple[dict, dict]]:
+def twin(source: plain.PlainSource, names: list[str], geometry: Geometry) -> Callable[[int], tuple[dict, dict]]:
     """Number → labeled and unlabeled sample of the plain twin, with the same draws."""
     generator = np.random.default_rng
     return lambda number: (

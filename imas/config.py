@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import difflib
 import itertools
@@ -58,7 +57,7 @@ def _checked(raw: Any, reader: Reader, path: Path, overrides: Iterable[str]) -> 
     if not isinstance(raw, dict):
         got = "an empty file" if raw is None else type(raw).__name__
         raise ConfigError(f"{path}: expected sections (dataset, trainer, net, ...), got {got}")
-    raw, remarks = _with_todays_keys(copy.deepcopy(raw), [parse_override(word) for word in overrides], reader)
+    raw, remarks = _with_todays_keys(_copied(raw), [parse_override(word) for word in overrides], reader)
     method = _method_section(raw, reader)
     options = reader.section(METHODS[method].Options, raw.pop(method, None), method)
     sections = keys_of(Config)
@@ -85,7 +84,7 @@ def _unreadable(reader: Reader) -> contextlib.suppress:
 def _with_todays_keys(raw: dict, words: list[tuple[str, Any]], reader: Reader) -> tuple[dict, list[str]]:
     """A raw file with today's keys, overrides included, and a remark for each key that was translated."""
     raw, unfolded = legacy.unfolded(raw, reader)
-    together = copy.deepcopy(raw)
+    together = _copied(raw)
     for key, value in words:
         _override(together, key, value)
     former = not METHODS.keys() & raw.keys()  # a file from before methods had sections, or without one
@@ -98,7 +97,7 @@ def _with_todays_keys(raw: dict, words: list[tuple[str, Any]], reader: Reader) -
     for key, value in words:
         today = legacy.todays_key(key, method)
         if key not in METHODS:
-            own, more = legacy.translate(_override({}, key, copy.deepcopy(value)), method, former, reader)
+            own, more = legacy.translate(_override({}, key, _copied(value)), method, former, reader)
             value = get(own, today)
             remarks += more
         reader.lines.pop(today, None)
@@ -131,10 +130,15 @@ def _method_section(raw: dict, reader: Reader) -> str:
     return named[0] if named else DEFAULT
 
 
+def _copied(raw: Any) -> Any:
+    """A section that a YAML alias names in two places becomes two, so that a change of one leaves the other alone."""
+    return {key: _copied(value) for key, value in raw.items()} if isinstance(raw, dict) else raw
+
+
 def read_net(raw: dict) -> Net:
     """A ``net`` section from a plain dict in the schema of this project or of the published experiments."""
     reader = Reader("net section")
-    raw, _ = legacy.translate({"net": copy.deepcopy(raw)}, DEFAULT, True, reader)
+    raw, _ = legacy.translate({"net": _copied(raw)}, DEFAULT, True, reader)
     net = reader.section(Net, raw["net"], "net")
     reader.finish()
     _check_net(net, reader)

@@ -26,7 +26,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 class UserError(Exception):
     """Something that the user can mend: one message, no traceback, an exit status."""
 
-    status = 2  # 1: something is wrong or lacks, all else was done
+    status = 2  # 1: begun, but something is wrong or missing
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)

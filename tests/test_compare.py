@@ -125,7 +125,7 @@ def test_tables_of_stored_runs(stored: Path, capsys: pytest.CaptureFixture) -> N
                        "59.00, 60.00, ×", "62.00, 66.00, ×"]  # fmt: skip
     assert student == ["", "student", "61.00 ± 1.41", "", "62.00 ± 1.41", "", "60.00, 62.00, ×", "61.00, 63.00, ×"]
     assert "no finished run of imas with seed 3" in text
-    assert "last and best order base_line and imas differently: last +1.50, best −3.00 for the first" in text
+    assert "last and best order base_line and imas differently: base_line minus imas is +1.50 last, −3.00 best" in text
     assert _rows(text, "What it costs")[2:] == [
         [arm, "12", "1.00", "1.000", "900", "1,234"] for arm in ("base_line", "imas")
     ]

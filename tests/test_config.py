@@ -561,6 +561,19 @@ def test_overrides_win_and_are_typed_as_yaml_types_them(tmp_path: Path) -> None:
     assert config.dataset.train.batch_size == 4  # the rest stays
 
 
+def test_sections_that_share_an_alias_are_changed_one_by_one(tmp_path: Path) -> None:
+    """By an override, and by the translation, which takes ``type`` out of the second."""
+    crop = "    crop:\n      type: center\n      size: [513, 513]\n"
+    assert OLD_PASCAL.count(crop) == 1
+    text = OLD_PASCAL.replace(crop, "    crop: *crop\n")
+    first = text.index("    crop:\n")
+    end = text.index("    ", text.index("size", first))
+    text = f"{text[:first]}    crop: &crop {{type: center, size: [513, 513]}}\n{text[end:]}"
+    config = load_config(_written(tmp_path, text), ["dataset.train.crop.size=[64, 96]"])
+    assert config.dataset.train.crop.size == (64, 96) and config.dataset.train.crop.type == "center"
+    assert config.dataset.val.crop.size == 513
+
+
 def test_overrides_make_sections_that_the_file_lacks(tmp_path: Path) -> None:
     config = load_config(_written(tmp_path, SHAPES), ["dataset.shapes.unlabeled=40", "dataset.val.batch_size=5"])
     assert config.dataset.shapes.unlabeled == 40

@@ -131,8 +131,8 @@ def analyse(runs: Sequence[Run], arms: Sequence[str], seeds: Sequence[int], base
         if None not in gaps and math.prod(gap["mean"] for gap in gaps) < 0:
             entries[one]["order"] = entries[other]["order"] = True
             last, best = (_signed(gap["mean"]) for gap in gaps)
-            text = f"† last and best order {one} and {other} differently"
-            notes.append(f"{text}: last {last}, best {best} for the first")
+            text = f"† last and best order {one} and {other} differently: {one} minus {other} is"
+            notes.append(f"{text} {last} last, {best} best")
     header = {key: spread({(run.arm, run.seed): run.facts[key] for run in runs}) for key in runs[0].facts}
     return {"header": header, "seeds": [*seeds], "baseline": baseline, "arms": entries, "notes": notes}
 

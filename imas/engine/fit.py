@@ -52,12 +52,12 @@ def fit(run: Run, keep: Collection[int]) -> None:
     done = run.epoch * length + run.step
     board = config.folder / config.stage if config.saver.use_tb else None
     run_log = RunLog(config.log_dir, board, run.epoch, map(column, run.method.scored()), done)
-    _announce(run, run_log)
     bar = tqdm(
         total=config.trainer.epochs * length, initial=done, unit="it", leave=False, dynamic_ncols=True,
         mininterval=1.0, disable=None if distributed.is_main() else True,
     )  # fmt: skip
     with contextlib.closing(run_log), bar:
+        _announce(run, run_log)
         _run_all(run, run_log, bar, keep)
 
 

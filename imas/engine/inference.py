@@ -56,7 +56,7 @@ class Inference:
         for name, image in zip(names, tqdm(whole_images(self.config, names), total=len(names), **bar)):
             if self.interruption.received is not None:
                 raise Interrupted(f"at the image {name}")
-            yield name, self.normalise(image.unsqueeze(0).to(self.device))
+            yield name, self.normalise(image.unsqueeze(0).to(self.device, non_blocking=True))
 
     @torch.no_grad()
     def score(

@@ -103,7 +103,7 @@ class Session:
             resume(run, found, self.by_hand)
         elif momentum is not None:
             checkpoint.take_momentum(run.optimizer, start, momentum)
-        own = found is not None and found.resolve().parent == config.snapshot_dir.resolve()
+        own = found is not None and found.parent.resolve() == config.snapshot_dir.resolve()
         if distributed.is_main() and not own:
             set_aside(config.folder, stage)
         source = "none" if found is None else found.name

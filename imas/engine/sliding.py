@@ -43,9 +43,9 @@ class Protocol(NamedTuple):
 def window_bands(model: Callable[[Tensor], Any], images: Tensor, crop: int | None) -> Iterator[Tensor]:
     """Softmax probabilities of overlapping windows, summed: (B, 3, H, W) normalised → bands (B, C, h, W) float32.
 
-    The windows are those of ``predict_sliding``, without ``crop`` one as large as the image. Rows that no further
-    window touches make a band, which is valid until the next one is asked for. So the sum takes min(crop, H) · W · C
-    numbers of memory, on the device of ``images``.
+    The windows are those of ``evaluate.predict_sliding``; without ``crop`` it is one, as large as the image. Rows that
+    no further window touches make a band, which is valid until the next one is asked for. So the sum takes
+    min(crop, H) · W · C numbers of memory, on the device of ``images``.
 
     Args:
         model: gives logits (B, C, h, w) of any window, or a tuple that begins with them, on any device.
