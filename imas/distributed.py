@@ -8,6 +8,7 @@ import os
 import platform
 import socket
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -222,6 +223,7 @@ def _leave(failed: bool) -> None:
     if failed and dist.get_backend() == "nccl":
         atexit.register(getattr(dist.distributed_c10d, "_abort_process_group", dist.destroy_process_group))
     else:
+        time.sleep(0.1)  # gloo of torch 2.6 ends its threads with the GIL held, for which they wait after a collective
         dist.destroy_process_group()
 
 
