@@ -211,9 +211,8 @@ def translate(raw: dict[str, Any], method: str, former: bool, reader: Reader) ->
         if allowed is not None and value not in allowed:
             reader.error(key, f"only {' or '.join(map(show, allowed))} is supported, got {show(value)}")
         else:
-            remarks.append(
-                f"{key}: " + ("has no meaning any more" if key in _IGNORED else f"means nothing to {method}")
-            )
+            dead = key in _IGNORED | _U2PL_IGNORED
+            remarks.append(f"{key}: " + ("has no meaning any more" if dead else f"means nothing to {method}"))
     head = _pop(raw, "net.decoder.kwargs.rep_head")
     if head is not MISSING and head not in (True, False):
         reader.error("net.decoder.kwargs.rep_head", f"expected true or false, got {show(head)}")
