@@ -140,7 +140,6 @@ def _as_script(words: list[str], environment: dict[str, str], folder: Path, outp
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    torch.set_num_threads(1)
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(outputs / name, os.O_WRONLY | os.O_CREAT), number)

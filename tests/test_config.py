@@ -563,12 +563,10 @@ def test_overrides_win_and_are_typed_as_yaml_types_them(tmp_path: Path) -> None:
 
 def test_sections_that_share_an_alias_are_changed_one_by_one(tmp_path: Path) -> None:
     """By an override, and by the translation, which takes ``type`` out of the second."""
-    crop = "    crop:\n      type: center\n      size: [513, 513]\n"
-    assert OLD_PASCAL.count(crop) == 1
-    text = OLD_PASCAL.replace(crop, "    crop: *crop\n")
-    first = text.index("    crop:\n")
-    end = text.index("    ", text.index("size", first))
-    text = f"{text[:first]}    crop: &crop {{type: center, size: [513, 513]}}\n{text[end:]}"
+    train, val = (f"    crop:\n      type: {kind}\n      size: [513, 513]\n" for kind in ("rand", "center"))
+    assert OLD_PASCAL.count(train) == OLD_PASCAL.count(val) == 1
+    text = OLD_PASCAL.replace(train, "    crop: &crop {type: center, size: [513, 513]}\n")
+    text = text.replace(val, "    crop: *crop\n")
     config = load_config(_written(tmp_path, text), ["dataset.train.crop.size=[64, 96]"])
     assert config.dataset.train.crop.size == (64, 96) and config.dataset.train.crop.type == "center"
     assert config.dataset.val.crop.size == 513

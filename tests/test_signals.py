@@ -89,7 +89,7 @@ def _start(row: Row, script: Path, config: Path) -> list[Forked | subprocess.Pop
     """The processes that are ours to wait for: torchrun, or those that train."""
     words = (script, "--config", config, "--set", "trainer.epochs=200")
     if row.launcher:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         environment["PET_SIGNALS_TO_HANDLE"] = HANDED_ON  # as single_run.sh
         return [
             subprocess.Popen(

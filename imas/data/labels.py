@@ -34,7 +34,7 @@ def open_labels(dataset: Dataset, folder: str | Path) -> FileSource:
 
     def decode(path: Path, image: Image.Image) -> np.ndarray:
         labels = index_labels(path, image)
-        return np.where(labels == _UNSURE, np.uint8(ignore), labels)
+        return labels if ignore == _UNSURE else np.where(labels == _UNSURE, np.uint8(ignore), labels)
 
     return FileSource(lambda root, name: (label_path(root, name),) * 2, Path(folder), classes, ignore, decode)
 

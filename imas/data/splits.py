@@ -47,7 +47,8 @@ def describe_lists(labeled: list[str], unlabeled: list[str], val: list[str]) -> 
     """
     given = {kind: names for kind, names in (("labeled", labeled), ("unlabeled", unlabeled), ("val", val)) if names}
     by_digest = {published.sha256: name for name, published in MANIFEST.items()}
-    known = {kind: by_digest.get(digest(names)) for kind, names in given.items()}
+    digests = {kind: digest(names) for kind, names in given.items()}
+    known = {kind: by_digest.get(sha256) for kind, sha256 in digests.items()}
     name = known.get("labeled") or ""
     protocol = {"labeled": name, "unlabeled": name.replace("/labeled.", "/unlabeled.")}
     protocol["val"] = f"{name.partition('/')[0]}/val.txt"
@@ -55,7 +56,7 @@ def describe_lists(labeled: list[str], unlabeled: list[str], val: list[str]) -> 
         return f"lists: {_title(name).removesuffix(' labeled')} as published ({', '.join(given)})"
     parts = []
     for kind, names in given.items():
-        unknown = f"{len(names)} images, sha256 {digest(names)[:12]}..."
+        unknown = f"{len(names)} images, sha256 {digests[kind][:12]}..."
         parts.append(f"{kind}: {_title(known[kind])} as published" if known[kind] else f"{kind}: {unknown}")
     return f"lists: not a published protocol ({'; '.join(parts)})"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from statistics import NormalDist
 
 import torch
@@ -177,7 +178,7 @@ def share_boxes(
 
 def toggled(boxes: Tensor) -> Tensor:
     """(B, K, H, W) boxes, each of which toggles what it covers: an overlap of two is outside again (CPS). (B, H, W)."""
-    return boxes.sum(1) % 2 == 1
+    return reduce(torch.logical_xor, boxes.unbind(1))
 
 
 def toggled_mask(
@@ -210,7 +211,7 @@ def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     top, left, bottom, right = boxes[..., None, None].unbind(-3)
     y = torch.arange(height, device=boxes.device).unsqueeze(1)
     x = torch.arange(width, device=boxes.device)
-    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    return ((y >= top) & (y < bottom)) & ((x >= left) & (x < right))  # a row and a column first, then the whole
 
 
 def paste(base: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
