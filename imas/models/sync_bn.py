@@ -67,13 +67,14 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, mean, variance, count = ctx.saved_tensors
-        # As if the statistics were constants; then what flows through them, of which each process knows a part.
+        # As if the statistics were constants; then what flows through them, of which each process knows a part. Both
+        # pairs are mean and spread: CUDA reads either, by the memory layout, and a CPU the first.
+        inverse = (variance + ctx.eps).rsqrt()
         of_features, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, features, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            gradient, features, weight, mean, variance, mean, inverse, False, ctx.eps, [True, True, True]
         )
         through = distributed.sum_over_ranks(torch.cat([of_weight, of_bias])) / count
         through_variance, through_mean = through.chunk(2)
-        inverse = (variance + ctx.eps).rsqrt()
         slope = weight * inverse.square() * through_variance
         offset = weight * inverse * through_mean - slope * mean
         of_features = of_features - torch.addcmul(offset[:, None, None], features, slope[:, None, None])

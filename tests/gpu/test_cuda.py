@@ -1,12 +1,16 @@
-"""What only a GPU can show; skipped where there is none. Written without one at hand: bounds are estimates."""
+"""What only a GPU can show; skipped where there is none."""
 
 from __future__ import annotations
 
 import copy
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,17 +112,23 @@ def test_a_deterministic_run_goes_on_bitwise(experiment: Callable[..., Path], wo
 
 
 @pytest.mark.parametrize("name", CONTRACT)
-def test_a_step_of_any_method_waits_for_nothing(name: str) -> None:
-    """None of these follows the score with CutMix. What is pasted and drawn is sent without a wait, too."""
+def test_how_often_a_step_of_any_method_waits(name: str) -> None:
+    """None of these follows the score with CutMix. What is pasted and drawn is sent without a wait, too. U2PL asks once
+    for the number of pixels of each class.
+    """
     method = small(name, **CONTRACT[name]).to(CUDA)
     batch = on(batch_for(method.wants(method.options)), CUDA)
     method(*batch, progress(3, 15)).loss.backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        method(*batch, progress(3, 15)).loss.backward()
-        method.after_step(progress(3, 15))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            method(*batch, progress(3, 15)).loss.backward()
+            method.after_step(progress(3, 15))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [each for each in waits if "synchronizing CUDA operation" in str(each.message)]
+    assert len(waits) == (1 if name == "u2pl" else 0), [f"{each.filename}:{each.lineno}" for each in waits]
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
@@ -152,13 +162,58 @@ def test_sync_bn_of_equal_ranks_is_batch_norm(
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def start_ranks(*words: str | Path) -> list[subprocess.Popen]:
+    """A script on two ranks through NCCL. Where there is one GPU both take it: NCCL refuses that to ranks of one host,
+    so each gets a host's name of its own.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    where |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    ranks = []
+    for rank in range(2):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if torch.cuda.device_count() == 1:
+            own |= {"LOCAL_RANK": "0", "NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, *map(str, words)]
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **where, **own}))
+    return ranks
+
+
+def ended(ranks: list[subprocess.Popen]) -> list[int]:
+    """Their statuses."""
+    try:
+        return [rank.wait(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 def test_sync_bn_through_nccl_waits_for_nothing_and_is_compiled_in_one_graph() -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [sys.executable, *launcher, "tests/gpu/sync_bn_nccl.py"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=300,
-    )  # fmt: skip
+    assert ended(start_ranks("tests/gpu/sync_bn_nccl.py")) == [0, 0]
+
+
+def test_ranks_are_one_process_with_the_whole_batch() -> None:
+    assert ended(start_ranks("tests/sync_bn_ranks.py")) == [0, 0]
+
+
+def test_two_ranks_stop_together_and_go_on_bitwise(experiment: Callable[..., Path]) -> None:
+    """Told by the rank that writes nothing."""
+    words = ["--deterministic", "--set", "net.sync_bn=true", "--set", "saver.use_tb=false"]
+    words += ["--set", "trainer.epochs=20"]
+    straight, stopped = experiment("straight"), experiment("stopped")
+    assert ended(start_ranks("train_semi.py", "--config", straight, *words)) == [0, 0]
+    ranks = start_ranks("train_semi.py", "--config", stopped, *words)
+    log, patience = stopped.parent / "log/train.log", time.monotonic() + 120
+    while "epoch 3: " not in (log.read_text() if log.is_file() else "") and time.monotonic() < patience:
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGTERM)
+    assert ended(ranks) == [75, 75]
+    assert ended(start_ranks("train_semi.py", "--config", stopped, *words)) == [0, 0]
+    ends = (path.parent / "checkpoints" / "ckpt.pth" for path in (straight, stopped))
+    one, two = (torch.load(path, weights_only=True) for path in ends)
+    for key in ("model_state", "teacher_state"):
+        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
 
 
 def test_counts_are_those_of_the_cpu_in_one_piece() -> None:
