@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # warns of kernels that have no such variant
+        warnings.filterwarnings("ignore", "_histc_cuda")  # it adds ones, which is exact in any order
         torch.backends.cudnn.benchmark = False
     resume = options.resume or ("auto" if config.saver.auto_resume else "never")
     lists = prepare(config, resume, options.seed, options.check)
