@@ -8,7 +8,9 @@ import math
 import os
 import re
 import signal
+import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -373,6 +375,24 @@ def test_runs_are_trained_interrupted_and_not_repeated(
     with pytest.raises(UserError, match="a run of another configuration") as refused:
         main([*words, "--set", "trainer.epochs=4"])
     assert "trainer.epochs: 4, and 2 before" in str(refused.value) and str(out / "semi/seed_2") in str(refused.value)
+
+
+def test_a_stopped_torchrun_has_not_failed(monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It ends with 1 whatever its ranks end with."""
+    began, plan = tmp_path / "began", Plan("one", 1, tmp_path / "run", {"trainer": {"epochs": 2}}, {}, {})
+    script = f"trap 'exit 1' TERM; touch {began}; while :; do sleep 0.05; done"
+    monkeypatch.setattr(compare_runs, "start", lambda *_: subprocess.Popen(["sh", "-c", script]))
+
+    def stop() -> None:
+        while not began.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(Unfinished, match="stopped: 1 of 1 runs are not finished"):
+        compare_runs.train([plan], ["0,1"], 2)
+    assert (plan.folder / "ended.csv").read_text().splitlines()[1].startswith("75,")
+    assert "stopped and saved after" in capsys.readouterr().out
 
 
 def test_the_command_trains_in_processes_of_its_own(experiment: Callable[..., Path], tmp_path: Path) -> None:

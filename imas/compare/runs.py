@@ -212,12 +212,15 @@ def train(plans: Sequence[Plan], slots: Sequence[str], gpus: int) -> None:
                     for process in running:
                         process.terminate()
                 for process, (plan, slot, began) in list(running.items()):
-                    if process.poll() is not None:
+                    status = process.poll()
+                    if status is not None:
                         del running[process]
                         free.append(slot)
-                        line = _note_end(plan, process.returncode, time.monotonic() - began)
+                        if stopped and gpus > 1 and status == 1:  # torchrun's, whatever its ranks end with
+                            status = Interrupted.status
+                        line = _note_end(plan, status, time.monotonic() - began)
                         tqdm.write(line)
-                        failed += [line] if process.returncode != 0 and not stopped else []
+                        failed += [line] if status != 0 and not stopped else []
                 if not bar.disable:  # else nobody sees what is read here
                     going = sum(_epochs(plan) - _epochs_done(plan) for plan, *_ in running.values())
                     bar.n = total - sum(map(_epochs, waiting)) - going
