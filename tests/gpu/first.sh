@@ -1,9 +1,11 @@
 #!/bin/sh
-# What to run first where GPUs are at hand, best two of them, ten minutes and more: prints a page to be pasted into an issue.
+# What to run first where GPUs are at hand, best two of them; takes ten minutes and more, and prints a page to be pasted into
+# an issue.
 #   sh tests/gpu/first.sh            on at most 2 GPUs
 #   NGPU=1 sh tests/gpu/first.sh     on one
 # What only GPUs can show, the most doubtful first:
-#   1. SyncBatchNorm through NCCL does not make the host wait, is compiled in one graph, and equals torch's own (on one GPU, too)
+#   1. SyncBatchNorm through NCCL does not make the host wait, is compiled in one graph, and equals torch's own
+#      (also on one GPU, which two ranks share)
 #   2. whole steps of every method wait for the device as often as docs/reference.md says
 #   3. two processes train with sync_bn and checkpoint_encoder, with fp16, with bf16 and compile, and end alike
 #   4. SIGTERM to the launcher leaves a checkpoint, and the run goes on from it
