@@ -248,8 +248,9 @@ def _step(case: dict) -> None:
         assert step.scalars["pseudo"].item() == pytest.approx(expected["kept_share"], abs=1e-3)
     for network, records in ((method.student, case["student_after"]), (method.teacher, case["teacher_after"])):
         for name, record in records.items():
-            # An AMD EPYC is 7e-5 away from the authors' weights, an Intel Xeon 5.4e-3.
             tensor = network.state_dict()[name]
             assert tensor.double().abs().sum().item() == pytest.approx(record["abs_sum"], rel=1e-3), name
             values, largest = tensor.flatten()[record["index"]].tolist(), max(map(abs, record["value"]))
-            assert values == pytest.approx(record["value"], rel=0, abs=1e-2 * largest), name
+            # Of the first layer an AMD EPYC is 7e-5 away from the authors' weights, an Intel Xeon 5.4e-3.
+            away = 1e-2 if name == "encoder.conv1.0.weight" else 5e-3
+            assert values == pytest.approx(record["value"], rel=0, abs=away * largest), name
