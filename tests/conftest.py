@@ -175,13 +175,17 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run_ranks(*words: str | Path, of_rank_1: tuple[str, ...] = (), world: int = 2) -> list[subprocess.CompletedProcess]:
-    """A script on several ranks, without the seconds that torchrun takes; further words for the second."""
+def meeting(world: int = 2) -> dict[str, str]:
+    """What a launcher tells every rank: how many there are, and a free port to meet at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    where = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    more = {1: of_rank_1}
+    return {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def run_ranks(*words: str | Path, of_rank_1: tuple[str, ...] = (), world: int = 2) -> list[subprocess.CompletedProcess]:
+    """A script on several ranks, without the seconds that torchrun takes; further words for the second."""
+    where, more = meeting(world), {1: of_rank_1}
     ranks = [start(*words, *more.get(rank, ()), RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(world)]
     outputs = [process.communicate(timeout=300) for process in ranks]
     return [subprocess.CompletedProcess(words, each.returncode, *texts) for each, texts in zip(ranks, outputs)]

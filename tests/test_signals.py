@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Forked, start
+from conftest import ROOT, TINY, Forked, meeting, start
 from torch.distributed.run import get_args_parser
 
 import train_semi
@@ -97,13 +96,7 @@ def _start(row: Row, script: Path, config: Path) -> list[Forked | subprocess.Pop
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
         ]  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {
-            "WORLD_SIZE": str(row.processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free.getsockname()[1]),
-        }
+    where = meeting(row.processes)
     return [start(*words, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(row.processes)]
 
 

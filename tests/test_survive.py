@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, Forked, run, run_ranks, start
+from conftest import ROOT, TINY, Forked, meeting, run, run_ranks, start
 
 import train_semi
 from benchmarks import survive
@@ -518,14 +518,12 @@ def test_slurm_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_srun_starts_two_processes(experiment: Experiment) -> None:
     """The variables of two tasks, set by hand: one run on two processes."""
     config = experiment()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = meeting()["MASTER_PORT"]
     tasks = [
         start(
             "train_semi.py", "--config", config, "--set", "trainer.epochs=2",
             SLURM_STEP_NUM_TASKS="2", SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_JOB_ID="1",
-            SLURM_STEP_NODELIST="localhost", MASTER_PORT=str(port),
+            SLURM_STEP_NODELIST="localhost", MASTER_PORT=port,
         )
         for rank in range(2)
     ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import textwrap
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, run_ranks, start
+from conftest import ROOT, TINY, meeting, run_ranks, start
 from first_step import batch_for, progress, small
 
 import train_semi
@@ -426,10 +425,7 @@ def test_two_processes_share_one_bank_and_resume_exactly(tmp_path: Path) -> None
         paths.append(_written(tmp_path / name, long))
     ended = run_ranks("train_semi.py", "--config", paths[0])
     assert all(each.returncode == 0 for each in ended), ended[0].stderr
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    where = meeting()
     ranks = [start("train_semi.py", "--config", paths[1], RANK=str(i), LOCAL_RANK=str(i), **where) for i in range(2)]
     log, deadline = paths[1].parent / "log" / "train.log", time.monotonic() + 120
     while not (log.is_file() and "epoch 1: teacher" in log.read_text()) and time.monotonic() < deadline:

@@ -6,17 +6,17 @@ import copy
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, meeting
 from first_step import batch_for, gradients, on, progress, ready, small, step_of
 from test_methods import CONTRACT
 from torch import nn
@@ -30,6 +30,24 @@ from imas.schema import Config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@contextmanager
+def waiting_is(what: str) -> Iterator[None]:
+    """Inside, the host's waits for the device are an ``error``, or something to ``warn`` of."""
+    torch.cuda.set_sync_debug_mode(what)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def ends_alike(*configs: Path) -> tuple[dict, dict]:
+    """The last checkpoints of two runs, whose networks are bitwise equal."""
+    one, two = (torch.load(path.parent / "checkpoints/ckpt.pth", weights_only=True) for path in configs)
+    for key in ("model_state", "teacher_state"):
+        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
+    return one, two
 
 
 @pytest.fixture
@@ -85,11 +103,8 @@ def test_a_step_waits_for_the_device_only_to_decide_on_cutmix(tiny, words: tuple
         method.after_step(now)
 
     update()  # makes momentum and scale
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is("error"):
         update()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("words", [(), ("trainer.amp=fp16",)])
@@ -104,11 +119,8 @@ def test_a_deterministic_run_goes_on_bitwise(experiment: Callable[..., Path], wo
     (resumed.parent / "checkpoints").mkdir()
     shutil.copy(straight.parent / "checkpoints" / "ckpt_prev.pth", resumed.parent / "checkpoints" / "ckpt.pth")
     train(resumed)
-    ends = (path.parent / "checkpoints" / "ckpt.pth" for path in (straight, resumed))
-    one, two = (torch.load(path, weights_only=True) for path in ends)
+    one, two = ends_alike(straight, resumed)
     assert bool(one["scaler_state"]) == bool(words) and one["scaler_state"] == two["scaler_state"]
-    for key in ("model_state", "teacher_state"):
-        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
 
 
 @pytest.mark.parametrize("name", CONTRACT)
@@ -119,14 +131,10 @@ def test_how_often_a_step_of_any_method_waits(name: str) -> None:
     method = small(name, **CONTRACT[name]).to(CUDA)
     batch = on(batch_for(method.wants(method.options)), CUDA)
     method(*batch, progress(3, 15)).loss.backward()
-    with warnings.catch_warnings(record=True) as waits:
+    with warnings.catch_warnings(record=True) as waits, waiting_is("warn"):
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            method(*batch, progress(3, 15)).loss.backward()
-            method.after_step(progress(3, 15))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        method(*batch, progress(3, 15)).loss.backward()
+        method.after_step(progress(3, 15))
     waits = [each for each in waits if "synchronizing CUDA operation" in str(each.message)]
     assert len(waits) == (1 if name == "u2pl" else 0), [f"{each.filename}:{each.lineno}" for each in waits]
 
@@ -151,12 +159,9 @@ def test_sync_bn_of_equal_ranks_is_batch_norm(
         (module(image) * weight).sum().backward()  # what a first call makes may wait
         module.zero_grad()
         mine = image.clone().requires_grad_()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is("error"):
             output = module(mine)
             (output * weight).sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         results.append([output, mine.grad, module[0].running_mean, module[0].weight.grad / weight.numel()])
     for expected, got in zip(*results):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
@@ -166,11 +171,7 @@ def start_ranks(*words: str | Path) -> list[subprocess.Popen]:
     """A script on two ranks through NCCL. Where there is one GPU both take it: NCCL refuses that to ranks of one host,
     so each gets a host's name of its own.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    where |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    ranks = []
+    where, ranks = meeting() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}, []
     for rank in range(2):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         if torch.cuda.device_count() == 1:
@@ -210,10 +211,7 @@ def test_two_ranks_stop_together_and_go_on_bitwise(experiment: Callable[..., Pat
     ranks[1].send_signal(signal.SIGTERM)
     assert ended(ranks) == [75, 75]
     assert ended(start_ranks("train_semi.py", "--config", stopped, *words)) == [0, 0]
-    ends = (path.parent / "checkpoints" / "ckpt.pth" for path in (straight, stopped))
-    one, two = (torch.load(path, weights_only=True) for path in ends)
-    for key in ("model_state", "teacher_state"):
-        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
+    ends_alike(straight, stopped)
 
 
 def test_counts_are_those_of_the_cpu_in_one_piece() -> None:
